@@ -1,0 +1,76 @@
+"""Data parallelism on torch.distributed: `torchrun --nproc_per_node=N train.py NAME`. One process: every call is a no-op.
+
+Each rank draws the same global batch and noise, keeps its own slice (`shard`), and averages gradients in `descend`:
+N processes and one process at the same global batch agree to rounding.
+"""
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def start(device):
+    """Join torchrun's process group (NCCL on CUDA, gloo on CPU).   -> this rank's torch.device"""
+    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(x):
+    """This rank's equal part of a tensor (or list) that every rank holds whole, cut along dim 0."""
+    if len(x) % world():
+        raise ValueError(f"a global batch of {len(x)} cannot be cut into {world()} equal parts; change --batch")
+    part = len(x) // world()
+    return x[rank() * part : (rank() + 1) * part]
+
+
+def average_(tensors):
+    """Replace each tensor by its mean over ranks, in one flat all-reduce per dtype."""
+    if world() == 1:
+        return
+    for dtype in {t.dtype for t in tensors}:
+        group = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.reshape(-1) for t in group])
+        dist.all_reduce(flat)
+        for t, part in zip(group, flat.div_(world()).split([t.numel() for t in group]), strict=True):
+            t.copy_(part.view_as(t))
+
+
+def broadcast(number):
+    """Rank 0's Python float on every rank, so that all of them take the same decision."""
+    if world() == 1:
+        return number
+    value = torch.tensor([number], dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        value = value.cuda()
+    dist.broadcast(value, 0)
+    return value.item()
+
+
+def descend(optimiser, loss, clip=None):
+    """One optimiser step: zero_grad, backward, average over ranks, optional clipping of the total norm, step."""
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    parameters = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
+    average_([p.grad for p in parameters])
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+    optimiser.step()
