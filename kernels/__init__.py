@@ -1,0 +1,145 @@
+"""Handwritten kernels beside their plain PyTorch definitions, and the choice between the two.
+
+    y = propagate(graph, x)                   # CUDA: the Triton kernel; anywhere else: the reference
+    with kernels.use("reference"):            # always plain PyTorch
+    with kernels.use("triton"):               # the kernel, or a ValueError that says why it cannot run here
+
+Importing this package does not import Triton: `jit` keeps a kernel as a Python function until its first launch.
+With TRITON_INTERPRET=1 set before Triton is first imported, use("triton") runs CPU tensors in its interpreter.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:                # bound by `jit` at the first launch, in every module that holds a kernel
+    import triton.language as tl
+
+_choice = "auto"                 # one per process: training loops are single-threaded
+
+
+class use:
+    """Choose the path of every kernel: "auto", "reference" or "triton". A statement, or a `with` block that undoes it."""
+
+    def __init__(self, name):
+        global _choice
+        if name not in ("auto", "reference", "triton"):
+            raise ValueError(f'kernels.use("{name}"): choose "auto", "reference" or "triton"')
+        self.before, _choice = _choice, name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        global _choice
+        _choice = self.before
+
+
+def backend(x, unless=""):
+    """"triton" or "reference" for tensor x.
+
+    unless   why this operation's kernel cannot take x (an empty string if it can), checked last
+    raises   ValueError with the reason under use("triton"), where "auto" would quietly take the reference
+    """
+    if _choice == "reference":
+        return "reference"
+    reason = _why_not(x) or unless
+    if not reason and x.is_cpu and _choice == "auto":
+        return "reference"       # the interpreter exists for tests: ten thousand times slower than the reference
+    if reason and _choice == "triton":
+        raise ValueError(f'use("triton"): {reason}; use("auto") takes the PyTorch reference instead')
+    return "reference" if reason else "triton"
+
+
+def interpreting():
+    """True if kernels run in Triton's interpreter. Triton reads the variable when it is first imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def matrix_units(x):
+    """Why x's device cannot run a kernel built on tl.dot, or "": for `unless`.
+
+    Triton 3.3 removed the tensor-core path of compute capability 7.5: such kernels still compile, into scalar
+    code with kilobytes of spilled stack. PyTorch's own product is far better there.
+    """
+    if not x.is_cuda:
+        return ""
+    if torch.version.hip:
+        return "products are not offered on AMD GPUs"
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return "" if major >= 8 else f"products need compute capability 8.0, this GPU has {major}.{minor}"
+
+
+def on(x):
+    """Context in which Triton launches on x's device: it uses the current one, whatever its arguments say."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _why_not(x):
+    if not _installed():
+        return "Triton is not installed (pip install triton, on Linux)"
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"kernels take floating-point tensors, this one is {x.dtype}"
+    if x.is_cuda:
+        if interpreting():
+            return "TRITON_INTERPRET=1 is set and the tensor is on a GPU"
+        if torch.version.hip and _choice == "auto":
+            return "kernels compile for AMD GPUs but nobody has tested them there"
+        return ""
+    if x.is_cpu:
+        return "" if interpreting() else "a CPU tensor needs TRITON_INTERPRET=1 before Triton is first imported"
+    return f"there is no kernel for device {x.device}"
+
+
+@functools.cache
+def _installed():
+    return importlib.util.find_spec("triton") is not None
+
+
+class jit:
+    """`@triton.jit` that imports Triton only when the kernel is first launched:  kernel[grid](*arguments)
+
+    The first launch binds `tl` and replaces the jit functions among the kernel's globals by the real ones, so that
+    kernels call each other as usual. Annotate constants `tl.constexpr` under `from __future__ import annotations`.
+    `real()` is Triton's own function (check.py compiles it).
+    """
+
+    def __init__(self, function):
+        self.function, self.made = function, None
+        self.__name__, self.__doc__ = function.__name__, function.__doc__
+
+    def real(self):
+        if self.made is None:
+            import triton
+            import triton.language
+            self.made = triton.jit(self.function)
+            scope = self.function.__globals__
+            scope["tl"] = triton.language
+            for name, value in list(scope.items()):
+                if isinstance(value, jit):                 # device functions, also those of other modules
+                    scope[name] = value.real()
+        return self.made
+
+    def __getitem__(self, grid):
+        return self.real()[grid]
+
+    def __call__(self, *arguments):
+        raise TypeError(f"{self.__name__} is a kernel: launch it with {self.__name__}[grid](...)")
+
+
+@jit
+def dot(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """a @ b, summed in float32 (float64 for float64).   UPCAST = interpreting(): it multiplies the raw bits of bf16"""
+    if UPCAST:
+        if a.dtype == tl.float64:
+            return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float64)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee", out_dtype=tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+__all__ = ["backend", "dot", "interpreting", "jit", "matrix_units", "on", "use"]

@@ -4,7 +4,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from videoqa.model import DualVGR, DynamicQuery, GraphAttention, ReasoningUnit, consistency, from_official, hsic
+from videoqa.model import (
+    DualVGR,
+    DynamicQuery,
+    GraphAttention,
+    ReasoningUnit,
+    consistency,
+    from_official,
+    hsic,
+)
 
 D, W, V, A, FEATURES, HEADS, T = 32, 12, 15, 9, 10, 4, 3
 
