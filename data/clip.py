@@ -325,10 +325,10 @@ def from_hugging_face(state, where):
     Separate q, k, v projections are stacked in that order; the two output projections are transposed.
     """
     renamed, parts = {}, {}
-    pieces = [("self_attn.out_proj", "attn.out_proj"), ("layer_norm", "ln_"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
+    pieces = [("self_attn.out_proj", "attn.out_proj"), ("final_layer_norm", "ln_final"), ("layer_norm", "ln_"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
               ("embeddings.patch_embedding", "conv1"), ("embeddings.class_embedding", "class_embedding"),
               ("embeddings.position_embedding.weight", "positional_embedding"), ("embeddings.token_embedding", "token_embedding"),
-              ("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post"), ("final_layer_norm", "ln_final"),
+              ("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post"),
               ("encoder.layers", "transformer.resblocks")]      # pre_layrnorm: misspelt there
     for name, tensor in state.items():
         if name in ("visual_projection.weight", "text_projection.weight"):
