@@ -47,13 +47,48 @@ def shop(seed=0, strength=3.0, fame=0.8, accidents=0.15, omission=0.15, drift=1.
 
 
 def clicks(scores, famous, accidents, rng):
-    """Gumbel top-n draws without replacement.   -> user, item, noise, label (E,), sorted by user, then item
+    """Draws without replacement (Gumbel top-n), then the split.   -> user, item, noise, label (E,), sorted by user, item
 
-    Each user has 7 to 15 clicks: one for valid, two for test, the rest train.
+    Each user clicks 8 to 16 times: one click in valid, two in test, the rest in train, where a share of the clicks is
+    replaced by accidents drawn by fame alone.
     """
-    gumbel = -torch.rand(scores.shape, generator=rng, dtype=torch.float64).log().neg().log()     # (U, I)
-    order = (scores - gumbel.neg()).argsort(1, descending=True)
-    n = torch.randint(7, 16, (len(scores), 1), generator=rng)
-    place = torch.arange(15).expand(len(scores), -1)
-    user = torch.arange(len(scores))[:, None].expand(-1, 15)
-    return user, order, place, n
+    most, users = 16, len(scores)
+    gumbel = lambda: -torch.rand(scores.shape, generator=rng).clamp(1e-9, 1 - 1e-7).log().neg().log()  # noqa: E731
+    meant = (scores + gumbel()).topk(most, dim=1).indices                                        # (U, most), best first
+    meant = meant.gather(1, torch.rand(users, most, generator=rng).argsort(1))                   # splits are alike
+    count = torch.randint(8, most + 1, (users, 1), generator=rng)
+    place = torch.arange(most).expand(users, -1)
+    label = torch.where(place == 0, 1, torch.where(place < 3, 2, 0))                             # valid, test, test, train
+    noise = (torch.rand(users, most, generator=rng) < accidents) & (label == 0)
+    others = (famous + gumbel()).scatter(1, meant, -torch.inf).topk(most, dim=1).indices         # nothing clicked twice
+    item = torch.where(noise, others, meant)
+    keep = place < count
+    user = torch.arange(users)[:, None].expand(-1, most)[keep]
+    item, noise, label = item[keep], noise[keep], label[keep]
+    order = (user * ITEMS + item).argsort()
+    return user[order], item[order], noise[order], label[order]
+
+
+def features(items, told, drift, rng):
+    """{"image": (I, 64), "text": (I, 64)}: random linear maps of one-hot attributes, clutter and gaps; unit rows."""
+    def one_hot(attributes, keep=None):
+        parts = [F.one_hot(items[a], len(v)).float() * (1 if keep is None else keep[a][:, None]) for a, v in attributes.items()]
+        return torch.cat(parts, 1)
+
+    clutter = drift * torch.randn(ITEMS, CLUTTER, generator=rng) / CLUTTER**0.5
+    seen, heard = torch.cat([one_hot(SEEN), clutter], 1), one_hot(TOLD, told)
+    result = {}
+    for name, x in (("image", seen), ("text", heard)):
+        x = x @ torch.randn(x.shape[1], 64, generator=rng) + 0.3 * torch.randn(ITEMS, 64, generator=rng)
+        result[name] = F.normalize(x, dim=1)
+    return result
+
+
+def titles(items, told):
+    """What the shop writes under each picture; what the title leaves out is missing from the text features too."""
+    result = []
+    for i in range(ITEMS):
+        material, occasion = (TOLD[a][items[a][i]] if told[a][i] else "" for a in ("material", "occasion"))
+        kind = TOLD["kind"][items["kind"][i]] if told["kind"][i] else "piece"
+        result.append(" ".join(f"{material} {kind}".split()) + (f" for {occasion}" if occasion else ""))
+    return result
