@@ -20,7 +20,7 @@ import torch
 
 from data.batches import batch_rows, generator
 from data.pickles import sparse_pairs
-from data.shop import shop
+from data.shop import shop, split_rule
 
 SPLITS = ("train", "valid", "test")
 
@@ -205,22 +205,6 @@ def table_pairs(path, seed):
             row = int(np.argmin(np.isin(label, (0, 1, 2))))
             raise ValueError(f"{path}, line {row + 2}: x_label is {label[row]}, it must be 0 train, 1 valid or 2 test")
     return {s: table[label == k, :2] for k, s in enumerate(SPLITS)}
-
-
-def split_rule(user, seed):
-    """MMRec's split, per user in random order: under 10 rows the last two are valid and test, else the last fifth.
-
-    user (E,) any order -> label (E,) 0, 1, 2.   n >= 10: vt = floor(n / 5), valid = vt // 2, test = the rest of vt
-    """
-    order = np.lexsort((np.random.default_rng(seed).random(len(user)), user))
-    _, start, count = np.unique(user[order], return_index=True, return_counts=True)
-    held = np.where(count < 10, np.minimum(2, count - 1), count // 5)      # a user with one row keeps it in train
-    valid = held // 2
-    place = np.arange(len(user)) - np.repeat(start, count)                  # 0 .. n - 1 within the user
-    late = place - np.repeat(count - held, count)
-    label = np.empty(len(user), dtype=np.int64)
-    label[order] = np.where(late < 0, 0, np.where(late < np.repeat(valid, count), 1, 2))
-    return label
 
 
 def json_pairs(path):

@@ -1,163 +1,72 @@
-"""What is measured, and how exactly: rankings, distances between picture sets, retrieval, edits, answers.
+"""Every score of the project, each with its chance level or baseline where one exists.
 
-Every function takes plain tensors and returns plain numbers; the chance level of a score stands beside it.
+Ranking (MGCN, BeFA, LD4MRec), generated pictures (GALIP, DE-Net, StoryImager), answers (DualVGR).
 """
 import torch
-from torch.nn import functional as F
 
-KS = (5, 10, 20, 50)
-
-
-# -- recommendation (all-ranking protocol of MMRec) -------------------------------------------------------------------------
+# ---- ranking ---------------------------------------------------------------------------------------------------------
 
 
-def ranking(ranks, users, ks=KS):
-    """Recall, NDCG, Precision and MAP at K, averaged over the users that have a target.
-
-    ranks  (T,) int, 0 = best: place of each target in its user's list (train items removed, other targets kept)
-    users  (T,) int: whose target it is; with h_r = 1 where place r = 1, 2, ... holds a target, n targets, m = min(K, n):
-        Recall = sum h_r / n      Precision = sum h_r / K      NDCG = [sum h_r / log2(r + 1)] / [sum_{r<=m} 1 / log2(r + 1)]
-        MAP = [sum h_r Precision@r] / m                                  all sums over r <= K
-    returns {"Recall@20": ..., ...}; raises ValueError if there is no target
-    """
+def _check_ranks(ranks, users):
+    if ranks.shape != users.shape or ranks.dim() != 1:
+        raise ValueError(f"ranks {tuple(ranks.shape)} and users {tuple(users.shape)} must both be (T,), one row a target")
     if not len(ranks):
         raise ValueError("there is no target to rank: the split is empty")
-    order = (users.long() * (int(ranks.max()) + 1) + ranks.long()).argsort()
-    ranks, (_, owner, n) = ranks.long()[order], torch.unique(users[order], return_inverse=True, return_counts=True)
-    nth = torch.arange(len(ranks), device=ranks.device) - (n.cumsum(0) - n)[owner] + 1    # hits up to this one
-    gain = 1 / torch.log2(ranks.double() + 2)
-    ideal = (1 / torch.log2(torch.arange(2, max(ks) + 2, device=ranks.device).double())).cumsum(0)
+    if ranks.min() < 0:
+        raise ValueError(f"rank {int(ranks.min())} is negative; ranks count from 0, the best")
 
-    def total(values):
-        return torch.zeros(len(n), dtype=torch.float64, device=ranks.device).index_add_(0, owner, values)
 
-    result = {}
+def ranking(ranks, users, ks=(5, 10, 20, 50)):
+    """Recall, NDCG, Precision and MAP at each K, averaged over users with at least one target (MMRec's definitions).
+
+    ranks    (T,) int, place of target t in its user's full list with the training items taken out, 0 = first. Other
+             targets stay in the list, so two targets of one user never share a rank
+    users    (T,) int, whose target it is, in any order
+    returns  {"Recall@20": float, ...}, not rounded (MMRec rounds to 4 digits before it compares epochs)
+
+    With n targets, hits h_r at places r = 1, 2, ...:     Recall = sum_{r<=K} h_r / n     Precision = sum h_r / K
+    NDCG = sum_{r<=K} h_r / log2(r+1) / sum_{r<=min(K,n)} 1 / log2(r+1)     MAP = sum_{r<=K} h_r Precision@r / min(K,n)
+    """
+    _check_ranks(ranks, users)
+    ranks, users = ranks.long(), users.long()
+    order = (users * (int(ranks.max()) + 1) + ranks).argsort()
+    ranks, users = ranks[order], users[order]
+    if ((ranks[1:] == ranks[:-1]) & (users[1:] == users[:-1])).any():
+        raise ValueError("two targets of one user share a rank: ranks must count the other targets as well")
+    _, row, n = torch.unique_consecutive(users, return_inverse=True, return_counts=True)     # (T,), (rows,)
+    place = torch.arange(len(row), device=row.device) - (n.cumsum(0) - n)[row] + 1           # 1 = the user's best target
+    r = ranks.double() + 1
+    scores = {}
     for k in ks:
-        hit, most = (ranks < k).double(), n.clamp(max=k)
-        result |= {f"Recall@{k}": (total(hit) / n).mean(), f"NDCG@{k}": (total(hit * gain) / ideal[most - 1]).mean(),
-                   f"Precision@{k}": (total(hit) / k).mean(), f"MAP@{k}": (total(hit * nth / (ranks + 1)) / most).mean()}
-    return {key: float(value) for key, value in result.items()}
+        hit = (ranks < k).double()
+        total = {"Recall": hit / n[row], "Precision": hit / k,
+                 "NDCG": hit / torch.log2(r + 1) / ideal(n, k)[row],
+                 "MAP": hit * place / r / n.clamp_max(k)[row]}
+        scores |= {f"{name}@{k}": float(x.sum()) / len(n) for name, x in total.items()}
+    return scores
 
 
-def ranking_chance(users, items, seen, ks=KS):
-    """What a random order of each user's unseen items scores in expectation, in closed form.
+def ideal(n, k):
+    """DCG of a list that starts with its min(n, K) targets.   n (rows,) int -> (rows,) float64"""
+    gain = 1 / torch.log2(torch.arange(k, device=n.device, dtype=torch.float64) + 2)
+    return gain.cumsum(0)[n.clamp_max(k) - 1]
 
-    users (T,) owner of each target, items I, seen (U,) number of items left out of each user's list
-    A target is at each of the I - seen places equally often: Recall@K = min(1, K / (I - seen)), and so on for NDCG.
+
+def ranking_chance(users, seen, items, ks=(5, 10, 20, 50)):
+    """What `ranking` gives on average when each list is shuffled: expectations in closed form, nothing is drawn.
+
+    users  (T,) as in `ranking`.   seen (U,) training items of every user.   items  the number of items I
+    With M = I - seen places, P(h_r = 1) = n / M, and P(another hit at an earlier place | h_r) = (n - 1) / (M - 1).
     """
-    owner, n = torch.unique(users, return_counts=True)
-    places = (items - seen[owner]).double()
-    gain = (1 / torch.log2(torch.arange(2, max(ks) + 2).double())).cumsum(0).to(places.device)
-    result = {}
+    ids, n = torch.unique(users, return_counts=True)
+    m, n = (items - seen[ids]).double(), n.double()                                          # (rows,)
+    scores = {}
     for k in ks:
-        inside = places.clamp(max=k)
-        ideal = gain[n.clamp(max=k) - 1]
-        result |= {f"Recall@{k}": (inside / places).mean(), f"Precision@{k}": (n * inside / places / k).mean(),
-                   f"NDCG@{k}": (n / places * gain[inside.long() - 1] / ideal).mean()}
-    return {key: float(value) for key, value in result.items()}
-
-
-# -- distances between sets of pictures ---------------------------------------------------------------------------------------
-
-
-def frechet_distance(a, b):
-    """Frechet distance of two sets of features taken as Gaussians (FID when the features are Inception's).
-
-    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2), symmetric eigen-decompositions in float64.
-    a (N, C), b (M, C) -> float >= 0. Name the features and both counts wherever the number is shown: it is biased
-    upwards for few samples. raises ValueError for fewer than two samples or another width
-    """
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"need two sets (N >= 2, C) of one width, got {tuple(a.shape)} and {tuple(b.shape)}")
-    a, b = a.double(), b.double()
-    s_a, s_b = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
-    values, vectors = torch.linalg.eigh(s_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ s_b @ root).clamp(min=0).sqrt().sum()
-    return max(0.0, float((a.mean(0) - b.mean(0)).square().sum() + s_a.trace() + s_b.trace() - 2 * cross))
-
-
-def kernel_distance(a, b):
-    """Unbiased squared maximum mean discrepancy with the kernel (x . y / C + 1)^3 (KID); about 0 for equal sets."""
-    a, b = a.double(), b.double()
-    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
-    aa, bb, n, m = kernel(a, a), kernel(b, b), len(a), len(b)
-    return float((aa.sum() - aa.trace()) / (n * (n - 1)) + (bb.sum() - bb.trace()) / (m * (m - 1)) - 2 * kernel(a, b).mean())
-
-
-# -- pictures and sentences ---------------------------------------------------------------------------------------------------
-
-
-def r_precision(images, texts, candidates=100, generator=None):
-    """Share of pictures whose own sentence is the most similar among `candidates`, the others drawn at random.
-
-    images, texts (N, E), row i of both belong together. Chance is 1 / candidates. Ties count against the picture.
-    """
-    if not 2 <= candidates <= len(images):
-        raise ValueError(f"{candidates} candidates of {len(images)} pairs: choose 2 to {len(images)}")
-    similarity = F.normalize(images.double(), dim=1) @ F.normalize(texts.double(), dim=1).T          # (N, N)
-    own = similarity.diagonal()[:, None]
-    keys = torch.rand(len(images), len(images), generator=generator).fill_diagonal_(2)
-    others = keys.argsort(dim=1)[:, : candidates - 1].to(images.device)
-    return float((similarity.gather(1, others) < own).all(1).double().mean())
-
-
-def attribute_accuracy(predicted, true):
-    """{attribute: share of right values} for dicts of (N,) int tensors; a true value of -1 is not asked for."""
-    result = {}
-    for name, values in true.items():
-        asked = values >= 0
-        if asked.any():
-            result[name] = float((predicted[name] == values)[asked].double().mean())
-    return result
-
-
-def l1_outside(a, b, mask):
-    """Mean absolute difference of pictures outside a mask.   a, b (B, 3, H, W), mask (B, 1, H, W) in {0, 1} -> float"""
-    keep = (1 - mask.double()).expand_as(a)
-    return float(((a - b).abs() * keep).sum() / keep.sum().clamp(min=1))
-
-
-def ssim(a, b, outside=None, window=7, spread=2.0):
-    """Structural similarity of pictures in [-1, 1], with uniform windows; mean over pixels, outside a mask if given.
-
-    a, b (B, 3, H, W), outside (B, 1, H, W) -> float <= 1
-    """
-    mean = lambda x: F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)  # noqa: E731
-    a, b = a.double(), b.double()
-    m_a, m_b = mean(a), mean(b)
-    v_a, v_b, v_ab = mean(a * a) - m_a**2, mean(b * b) - m_b**2, mean(a * b) - m_a * m_b
-    c1, c2 = (0.01 * spread) ** 2, (0.03 * spread) ** 2
-    value = (2 * m_a * m_b + c1) * (2 * v_ab + c2) / ((m_a**2 + m_b**2 + c1) * (v_a + v_b + c2))
-    keep = torch.ones_like(value) if outside is None else (1 - outside.double()).expand_as(value)
-    return float((value * keep).sum() / keep.sum().clamp(min=1))
-
-
-# -- answers --------------------------------------------------------------------------------------------------------------------
-
-
-def accuracy_by_type(predicted, true, types, train_true, train_types):
-    """{type: (accuracy, accuracy of the type's most frequent training answer, questions)} and "all" over everything.
-
-    predicted, true (N,) int; types list of N names; train_* the training questions that the majority answer comes from
-    """
-    majority = {}
-    for kind in set(train_types):
-        answers = train_true[torch.tensor([t == kind for t in train_types])]
-        majority[kind] = int(torch.bincount(answers).argmax())
-    result, right, guessed = {}, predicted == true, torch.tensor([majority.get(t, -1) for t in types]).to(true.device) == true
-    for kind in [*sorted(set(types)), "all"]:
-        rows = torch.tensor([kind in (t, "all") for t in types], device=true.device)
-        result[kind] = (float(right[rows].double().mean()), float(guessed[rows].double().mean()), int(rows.sum()))
-    return result
-
-
-def roc_auc(scores, labels):
-    """Chance that a positive scores above a negative, ties half (area under the ROC curve).   (N,), (N,) bool -> float"""
-    positive, negative = scores[labels.bool()].double(), scores[~labels.bool()].double()
-    if not len(positive) or not len(negative):
-        return float("nan")
-    order = torch.cat([positive, negative]).sort().values
-    place = lambda x: (torch.searchsorted(order, x) + torch.searchsorted(order, x, right=True) + 1).double() / 2  # noqa: E731
-    wins = place(positive).sum() - len(positive) * (len(positive) + 1) / 2
-    return float(wins / (len(positive) * len(negative)))
+        r = torch.arange(1, k + 1, device=users.device, dtype=torch.float64)                 # (K,)
+        p = (n / m)[:, None] * (r <= m[:, None])                                             # (rows, K): P(h_r = 1)
+        before = (r - 1) * ((n - 1) / (m - 1).clamp_min(1))[:, None]                         # expected earlier hits
+        expected = {"Recall": p.sum(1) / n, "Precision": p.sum(1) / k,
+                    "NDCG": (p / torch.log2(r + 1)).sum(1) / ideal(n.long(), k),
+                    "MAP": (p * (1 + before) / r).sum(1) / n.clamp_max(k)}
+        scores |= {f"{name}@{k}": float(x.mean()) for name, x in expected.items()}
+    return scores

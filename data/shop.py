@@ -10,6 +10,7 @@ and a share of the training clicks is replaced by accidents, drawn by fame alone
 all meant. Features are what an encoder would make of the picture and the title: a random linear map of the attributes,
 plus *drift* (the picture's clutter, which no customer cares about) and *omission* (titles leave attributes out).
 """
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -25,7 +26,7 @@ TOLD = {
     "material": ("wooden", "glass", "linen", "steel", "paper", "clay"),
     "occasion": ("birthdays", "travel", "the office", "the garden", "winter", "children"),
 }
-USERS, ITEMS, CLUTTER = 1000, 600, 24
+USERS, ITEMS, CLUTTER, MOST = 1000, 600, 24, 15
 
 
 def shop(seed=0, strength=3.0, fame=0.8, accidents=0.15, omission=0.15, drift=1.0):
@@ -47,48 +48,61 @@ def shop(seed=0, strength=3.0, fame=0.8, accidents=0.15, omission=0.15, drift=1.
 
 
 def clicks(scores, famous, accidents, rng):
-    """Draws without replacement (Gumbel top-n), then the split.   -> user, item, noise, label (E,), sorted by user, item
+    """Draws without replacement (Gumbel top-n), split as MMRec does, accidents among train.   -> (E,) sorted tensors
 
-    Each user clicks 8 to 16 times: one click in valid, two in test, the rest in train, where a share of the clicks is
-    replaced by accidents drawn by fame alone.
+    Each user has 7 to MOST clicks. Returned are user, item, accident (bool) and label (0 train, 1 valid, 2 test).
     """
-    most, users = 16, len(scores)
-    gumbel = lambda: -torch.rand(scores.shape, generator=rng).clamp(1e-9, 1 - 1e-7).log().neg().log()  # noqa: E731
-    meant = (scores + gumbel()).topk(most, dim=1).indices                                        # (U, most), best first
-    meant = meant.gather(1, torch.rand(users, most, generator=rng).argsort(1))                   # splits are alike
-    count = torch.randint(8, most + 1, (users, 1), generator=rng)
-    place = torch.arange(most).expand(users, -1)
-    label = torch.where(place == 0, 1, torch.where(place < 3, 2, 0))                             # valid, test, test, train
-    noise = (torch.rand(users, most, generator=rng) < accidents) & (label == 0)
-    others = (famous + gumbel()).scatter(1, meant, -torch.inf).topk(most, dim=1).indices         # nothing clicked twice
-    item = torch.where(noise, others, meant)
-    keep = place < count
-    user = torch.arange(users)[:, None].expand(-1, most)[keep]
-    item, noise, label = item[keep], noise[keep], label[keep]
-    order = (user * ITEMS + item).argsort()
-    return user[order], item[order], noise[order], label[order]
+    def draw(logits):
+        return (logits - torch.rand(scores.shape, generator=rng).log().neg().log()).topk(MOST, 1).indices
+
+    meant = draw(scores)                                                                         # (U, MOST)
+    slips = draw(famous.expand_as(scores).scatter(1, meant, -torch.inf))                         # none of them meant
+    n = torch.randint(7, MOST + 1, (len(scores), 1), generator=rng)
+    user, place = torch.nonzero(torch.arange(MOST) < n).T
+    label = torch.from_numpy(split_rule(user.numpy(), int(torch.randint(2**31, (), generator=rng))))
+    accident = (torch.rand(len(user), generator=rng) < accidents) & (label == 0)
+    item = torch.where(accident, slips[user, place], meant[user, place])
+    order = (user * scores.shape[1] + item).argsort()
+    return user[order], item[order], accident[order], label[order]
 
 
-def features(items, told, drift, rng):
-    """{"image": (I, 64), "text": (I, 64)}: random linear maps of one-hot attributes, clutter and gaps; unit rows."""
-    def one_hot(attributes, keep=None):
-        parts = [F.one_hot(items[a], len(v)).float() * (1 if keep is None else keep[a][:, None]) for a, v in attributes.items()]
-        return torch.cat(parts, 1)
+def split_rule(user, seed):
+    """MMRec's split, per user in random order: under 10 rows the last two are valid and test, else the last fifth.
 
-    clutter = drift * torch.randn(ITEMS, CLUTTER, generator=rng) / CLUTTER**0.5
-    seen, heard = torch.cat([one_hot(SEEN), clutter], 1), one_hot(TOLD, told)
-    result = {}
-    for name, x in (("image", seen), ("text", heard)):
-        x = x @ torch.randn(x.shape[1], 64, generator=rng) + 0.3 * torch.randn(ITEMS, 64, generator=rng)
-        result[name] = F.normalize(x, dim=1)
-    return result
+    user (E,) in any order -> label (E,) 0, 1, 2.   n >= 10: held = floor(n / 5), valid = held // 2, test = the rest
+    """
+    order = np.lexsort((np.random.default_rng(seed).random(len(user)), user))
+    _, start, count = np.unique(user[order], return_index=True, return_counts=True)
+    held = np.where(count < 10, np.minimum(2, count - 1), count // 5)       # a user with one row keeps it in train
+    late = np.arange(len(user)) - np.repeat(start + count - held, count)    # < 0: train
+    label = np.empty(len(user), dtype=np.int64)
+    label[order] = np.where(late < 0, 0, np.where(late < np.repeat(held // 2, count), 1, 2))
+    return label
+
+
+def features(items, told, drift, rng, width=64):
+    """What frozen encoders would see: {"image": (I, 64), "text": (I, 64)}, rows of unit length.
+
+    image   a random map of the seen attributes and of CLUTTER irrelevant directions (times drift), plus noise
+    text    a random map of the told attributes that the title does not leave out, plus noise
+    """
+    def one_hot(a):
+        return F.one_hot(items[a], len({**SEEN, **TOLD}[a])).float()
+
+    clutter = drift * torch.randn(ITEMS, CLUTTER, generator=rng) / CLUTTER**0.5 * len(SEEN) ** 0.5
+    inside = {"image": torch.cat([*(one_hot(a) for a in SEEN), clutter], 1),
+              "text": torch.cat([one_hot(a) * told[a][:, None] for a in TOLD], 1)}
+    outside = {}
+    for name, x in inside.items():
+        x = x @ torch.randn(x.shape[1], width, generator=rng) + 0.5 * torch.randn(ITEMS, width, generator=rng)
+        outside[name] = F.normalize(x, dim=1)
+    return outside
 
 
 def titles(items, told):
-    """What the shop writes under each picture; what the title leaves out is missing from the text features too."""
-    result = []
-    for i in range(ITEMS):
-        material, occasion = (TOLD[a][items[a][i]] if told[a][i] else "" for a in ("material", "occasion"))
-        kind = TOLD["kind"][items["kind"][i]] if told["kind"][i] else "piece"
-        result.append(" ".join(f"{material} {kind}".split()) + (f" for {occasion}" if occasion else ""))
-    return result
+    """A short sentence for each item; an attribute that is not told is left out."""
+    def word(a, i, before="", after="", otherwise=""):
+        return f"{before}{TOLD[a][items[a][i]]}{after}" if told[a][i] else otherwise
+
+    return [word("material", i, after=" ") + word("kind", i, otherwise="gift") + word("occasion", i, before=" for ")
+            for i in range(ITEMS)]

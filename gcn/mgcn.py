@@ -1,247 +1,234 @@
-"""MGCN: Multi-View Graph Convolutional Network for Multimedia Recommendation (Yu, Tan, Lu, Bao, MM 2023).
+"""MGCN: Multi-View Graph Convolutional Network for Multimedia Recommendation (Yu, Tan, Lu, Bao; MM 2023).
 
-    purifier             content decides how much of each item's ID embedding to keep         Eq. 1-2
-    user-item view       parameter-free propagation of IDs over the interaction graph         Eq. 3-5
-    item-item views      one kNN graph of content per modality; users inherit from items      Eq. 6-10
-    behaviour-aware fuser  shared part by attention, specific parts gated by behaviour        Eq. 11-14
-    prediction           F = C + M, score(u, i) = F_u . F_i                                   Eq. 15, 17-18
-    losses               BPR + regulariser + contrastive tie of M and C                       Eq. 16, 19
+Three ideas, in the order of the paper's method section: (1) purify each modality by behaviour before anything is
+propagated, (2) walk the user-item graph and one item-item graph per modality separately, (3) fuse content by what
+behaviour prefers, and tie the views together by a contrastive loss. This page is the naive version, every tensor
+over all users and items; fast.py computes the same loss and gradients from the rows of a batch.
 
-Equation numbers are the paper's as quoted by secondary sources (UNVERIFIED). Any number and names of modalities.
-Shape letters: U users, I items, N = U + I nodes, D width, m modality, B batch, n chosen rows.
+Equation numbers are the paper's: 1-2 purifier, 3-5 user-item view, 6-9 item-item view, 10 user content,
+11-15 fuser, 16 contrastive loss, 17-18 score and BPR, 19 total. (The PDF was not at hand when this was written:
+which number belongs to which line inside a group is UNVERIFIED; the formulas are those of the authors' code.)
 """
-from typing import NamedTuple
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from data.weights import check_names
 from kernels.graph import Graph, knn, mix_hops, propagate
 
-REG_BATCH = 2048        # Official code: the regulariser is divided by the configured batch size, not the actual one
+FUSERS = ("baf", "mean", "concat", "shared_only")
 
 
-class Views(NamedTuple):
-    """Embeddings of some nodes, all (n, D)."""
-
-    behaviour: torch.Tensor       # C of Eq. 5
-    content: torch.Tensor         # M of Eq. 15, the official code's "side" embeddings
-    attention: torch.Tensor       # (n, modalities) weights a of Eq. 11
-    gates: list                   # per modality: preference G_m of Eq. 13
-    parts: list                   # per modality: E_m
-
-    @property
-    def final(self):
-        """F = C + M, Eq. 15."""
-        return self.behaviour + self.content
+def user_item_graph(train, users, items):
+    """A_hat = D^-1/2 A D^-1/2 of the training clicks, no self loops, Eq. 3.   train (E, 2) -> Graph (U + I, U + I)"""
+    return Graph.bipartite(train[:, 0], train[:, 1], users, items)
 
 
-def item_graph(features, k):
-    """Frozen item-item graph S_m of one modality, Eq. 6-7.   (I, C) -> Graph (I, I), k entries a row, self included
+def item_graph(features, k, name="features"):
+    """S_m: every item's k nearest items by cosine, the item itself included, normalised; Eq. 6-7.   -> Graph (I, I)
 
-    S_ij = s_ij / sqrt(g_i g_j) with cosine s and g_i the sum of row i's kept entries. Directed: never symmetrised,
-    although both factors use row sums.
+    features (I, d_m). Built once from the initial features and frozen, also when the features train on.
+    raises ValueError for a zero row, or where similarities are so negative that a degree is not positive
     """
-    neighbours, similarity = knn(features, min(k, len(features)))
-    degree = similarity.sum(1).clamp(min=1e-12).rsqrt()
-    return Graph.from_knn(neighbours, similarity * degree[:, None] * degree[neighbours])
-
-
-class Fuse(torch.autograd.Function):
-    """Two-modality fuser in closed form: M = (E_2 + c D) / 3, D = E_1 - E_2, c = G_1 + a (1 - G_1 - G_2).
-
-    The same numbers as Eq. 12-15 from a fifth of the traffic; saves its inputs, recomputes the rest backwards.
-    e1, e2, g1, g2 (n, D), a (n, 1) weight of modality 1
-    """
-
-    @staticmethod
-    def forward(ctx, e1, e2, g1, g2, a, share):
-        ctx.save_for_backward(e1, e2, g1, g2, a)
-        ctx.share = share
-        return share * torch.addcmul(e2, g1 + a * (1 - g1 - g2), e1 - e2)
-
-    @staticmethod
-    def backward(ctx, dm):
-        e1, e2, g1, g2, a = ctx.saved_tensors
-        g, rest = dm * ctx.share, 1 - g1 - g2
-        d = g * (g1 + a * rest)                                    # dD
-        c = g * (e1 - e2)                                          # dc
-        return d, g - d, (1 - a) * c, -a * c, (c * rest).sum(1, keepdim=True), None
+    zero = torch.nonzero(features.norm(dim=1) == 0).flatten()
+    if len(zero):                                             # Official code: divides by zero and goes on with NaN
+        raise ValueError(f"{name}: the row of item {int(zero[0])} is all zeros ({len(zero)} such rows), so it has no "
+                         "direction and no neighbours; give it the mean of the other rows, as MMRec does")
+    neighbours, similarity = knn(features, k)                 # (I, k), (I, k)
+    degree = similarity.sum(1)                                # (I,)
+    if (degree <= 0).any():
+        raise ValueError(f"{name}: item {int((degree <= 0).nonzero()[0])} is opposite to its own neighbours (similarities "
+                         f"sum to {degree.min():.3g}), so the graph cannot be normalised; choose a smaller --k")
+    # Paper: "symmetric normalisation". The kept edges are directed, and both factors are row sums.
+    return Graph.from_knn(neighbours, similarity * (degree[:, None] * degree[neighbours]).rsqrt())
 
 
 class MGCN(nn.Module):
-    """Users and items embedded by behaviour and content; rank by the dot product.
+    """Purify each modality by behaviour, propagate it in its own view, fuse by preference, rank by dot product.
 
-    features  {modality: (I, d_m)}; edges (E, 2) TRAINING pairs (user, item), from which every graph is built
-    purifier  False: raw projected content enters the graphs (ablation)      item_view  False: no item-item graphs
-    fuser     "baf" (the paper), "mean", "concat" or "shared": ablations     fusion     "code" or "paper", Eq. 15
+    forward() -> users (U, D), items (I, D).   score(u, i) = users[u] . items[i], Eq. 17
+
+    cfg       dim, ui_layers, item_layers, k, purify, item_view, fuser, fusion, train_features (see task.Config)
+    train     (E, 2) training clicks, the only edges of any graph
+    features  {modality: (I, d_m) float32}, any number of modalities, none included
     """
 
-    def __init__(self, users, items, edges, features, dim=64, ui_layers=2, ii_layers=1, k=10, purifier=True, item_view=True,
-                 fuser="baf", fusion="code", train_features=True):
+    def __init__(self, cfg, users, items, train, features):
         super().__init__()
-        self.users, self.items, self.ui_layers, self.ii_layers = users, items, ui_layers, ii_layers
-        self.purifier, self.fuser, self.fusion = purifier, fuser, fusion
-        self.modalities = list(features)
-        self.user, self.item = nn.Embedding(users, dim), nn.Embedding(items, dim)
+        check_switches(cfg)
+        self.cfg, self.users, self.items, self.modalities = cfg, users, items, tuple(features)
+        self.user = nn.Embedding(users, cfg.dim)              # E_u, Sec. 3.1
+        self.item = nn.Embedding(items, cfg.dim)              # E_i
         nn.init.xavier_uniform_(self.user.weight)
         nn.init.xavier_uniform_(self.item.weight)
-        # Paper: features are given. Official code: trainable tables that start from them; followed, with a switch.
-        self.features = nn.ParameterDict({m: nn.Parameter(x.clone(), requires_grad=train_features) for m, x in features.items()})
-        self.project = nn.ModuleDict({m: nn.Linear(x.shape[1], dim) for m, x in features.items()})
-        self.gate = nn.ModuleDict({m: nn.Linear(dim, dim) for m in features})                          # Eq. 1
-        self.prefer = nn.ModuleDict({m: nn.Linear(dim, dim) for m in features})                        # Eq. 13
-        self.query = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, 1, bias=False))      # Eq. 11
-        if fuser == "concat":
-            self.mix = nn.Linear(dim * len(features), dim)
-        self.ui = Graph.bipartite(edges[:, 0], edges[:, 1], users, items)
-        self.ii = {m: item_graph(x, k) for m, x in features.items()} if item_view else {}
+        # Paper: features are inputs. Official code: they are trainable tables that start from the inputs; followed.
+        self.features = nn.ParameterDict({m: nn.Parameter(x.clone(), cfg.train_features) for m, x in features.items()})
 
-    def _apply(self, fn, recurse=True):
-        """`model.to(device)` takes the graphs along."""
-        super()._apply(fn, recurse)
-        device = self.user.weight.device
-        self.ui, self.ii = self.ui.to(device), {m: g.to(device) for m, g in self.ii.items()}
-        return self
+        def linears(width=None):
+            return nn.ModuleDict({m: nn.Linear(width or x.shape[1], cfg.dim) for m, x in features.items()})
 
-    def purify(self, m):
-        """Behaviour-guided purifier, Eq. 1-2: Z_m = E_i * sigmoid(W_2 (W_1 x + b_1) + b_2).   -> (I, D)
-
-        Paper: "content is purified by behaviour". Algebraically the ID embedding is gated by content; raw content never
-        enters the sum.
-        """
-        content = self.project[m](self.features[m])
-        return self.item.weight * torch.sigmoid(self.gate[m](content)) if self.purifier else content
-
-    def user_item_view(self):
-        """Behaviour view C: mean of layers 0..L of propagated IDs, Eq. 3-5.   -> (N, D)"""
-        h = torch.cat([self.user.weight, self.item.weight])
-        return mix_hops(self.ui, h, [1 / (self.ui_layers + 1)] * (self.ui_layers + 1))
-
-    def item_item_view(self, m):
-        """Content view of items: S_m^L Z_m, Eq. 8-9.   -> (I, D)"""
-        z = self.purify(m)
-        for _ in range(self.ii_layers if m in self.ii else 0):
-            z = propagate(self.ii[m], z)
-        return z
-
-    def fuse(self, behaviour, parts):
-        """Behaviour-aware fuser, Eq. 11-15, row by row.   behaviour (n, D), parts [(n, D)] -> Views
-
-        With one modality the official authors' answer applies: M = G * E.
-        """
-        logits = torch.cat([self.query(e) for e in parts], dim=1)                                       # Eq. 11
-        attention = logits.softmax(1)                                                                   # (n, modalities)
-        gates = [torch.sigmoid(self.prefer[m](behaviour)) for m in self.modalities]                     # Eq. 13
-        shared = sum(attention[:, j : j + 1] * e for j, e in enumerate(parts))                          # Eq. 12
-        if self.fuser == "mean":
-            content = sum(parts) / len(parts)
-        elif self.fuser == "concat":
-            content = self.mix(torch.cat(parts, dim=1))
-        elif self.fuser == "shared":
-            content = shared
-        elif len(parts) == 1:
-            content = gates[0] * parts[0]
-        else:
-            specific = sum(g * (e - shared) for g, e in zip(gates, parts, strict=True))                 # Eq. 14
-            # Paper: E_s + (specific parts) / |M|. Official code: the whole sum / (|M| + 1); followed.
-            content = shared + specific / len(parts) if self.fusion == "paper" else (shared + specific) / (len(parts) + 1)
-        return Views(behaviour, content, attention, gates, parts)
+        self.project = linears()                              # Eq. 1
+        if cfg.purify:
+            self.gate = linears(cfg.dim)                      # Eq. 2
+        if cfg.fuser in ("baf", "shared_only") and len(features) > 1:
+            self.query = nn.Sequential(nn.Linear(cfg.dim, cfg.dim), nn.Tanh(), nn.Linear(cfg.dim, 1, bias=False))  # Eq. 11
+        if cfg.fuser == "baf":
+            self.preference = linears(cfg.dim)                # Eq. 14
+        if cfg.fuser == "concat" and features:
+            self.mixer = nn.Linear(len(features) * cfg.dim, cfg.dim)
+        # Graphs are constants of the data, not part of the state: to(device) and checkpoints do not see them.
+        device = train.device
+        self.ui = user_item_graph(train, users, items)
+        self.ii = {m: item_graph(x.to(device), cfg.k, m) for m, x in features.items()} if cfg.item_view else {}
 
     def forward(self):
-        """Everything for every node: the page to read.   -> Views of (N, D)"""
+        behaviour, content = self.views()
+        return (behaviour + content).split([self.users, self.items])           # Eq. 15: F = C + M
+
+    def views(self):
+        """Behaviour view C and fused content M.   -> (N, D), (N, D), N = U + I nodes, users first"""
         behaviour = self.user_item_view()
-        parts = []
-        for m in self.modalities:
-            items = self.item_item_view(m)
-            parts.append(torch.cat([propagate(self.ui.R, items), items]))                               # Eq. 10: [Y_m; Z_m]
-        return self.fuse(behaviour, parts)
+        if not self.modalities:
+            return behaviour, torch.zeros_like(behaviour)
+        content = [self.with_users(self.item_item_view(m, self.purify(m))) for m in self.modalities]
+        return behaviour, self.fuse(behaviour, content)
 
-    # -- the same numbers for the rows of a batch: the loss needs no others
+    def purify(self, m):
+        """Behaviour-guided purifier, Eq. 1-2: Z_m = E_i * sigmoid(P_m W2 + b2), P_m = X_m W1 + b1.   -> (I, D)"""
+        projected = self.project[m](self.features[m])                           # (I, D)    P_m
+        if not self.cfg.purify:
+            return projected
+        # Paper: "content is purified by behaviour". In the algebra the item's ID vector is gated by content: raw
+        # content never enters the sum, it only decides how much of each ID dimension walks on.
+        return self.item.weight * torch.sigmoid(self.gate[m](projected))        # (I, D)    Z_m
 
-    def rows(self, users, items):
-        """Views of chosen users, then chosen items.   (b,), (c,) int64 -> Views of (b + c, D)
+    def user_item_view(self):
+        """Mean of layers 0..L of parameter-free propagation (LightGCN), Eq. 3-5.   -> C (N, D)"""
+        nodes = torch.cat([self.user.weight, self.item.weight])                 # (N, D)    H_0
+        layers = self.cfg.ui_layers + 1
+        return mix_hops(self.ui, nodes, [1 / layers] * layers)
 
-        The last user-item hop, the users' inheritance and the fuser run on these rows only; modalities share one walk.
-        `forward()` is its oracle in the tests.
-        """
-        nodes, width = torch.cat([users, items + self.users]), self.item.weight.shape[1]
-        h, share = torch.cat([self.user.weight, self.item.weight]), 1 / (self.ui_layers + 1)
-        behaviour = h[nodes] * share
-        if self.ui_layers:
-            inner = mix_hops(self.ui, h, [share] * self.ui_layers)                                      # all but the last hop
-            behaviour = behaviour + propagate(self.ui.rows(nodes), inner)
-        content = torch.cat([self.item_item_view(m) for m in self.modalities], dim=1)                   # (I, modalities D)
-        both = torch.cat([propagate(self.ui.R.rows(users), content), content[items]])
-        parts = both.split(width, dim=1)
-        if self.fuser != "baf" or len(parts) != 2:
-            return self.fuse(behaviour, parts)
-        logits = self.query(both.unflatten(1, (2, width)))[..., 0]                                      # (n, 2)
-        attention = logits.softmax(1)
-        gates = [torch.sigmoid(self.prefer[m](behaviour)) for m in self.modalities]
-        if self.fusion == "paper":
-            return self.fuse(behaviour, parts)
-        return Views(behaviour, Fuse.apply(*parts, *gates, attention[:, :1], 1 / 3), attention, gates, parts)
+    def item_item_view(self, m, purified):
+        """Propagate purified content among look-alikes, no activation, Eq. 8-9.   (I, D) -> (I, D)"""
+        for _ in range(self.cfg.item_layers if self.cfg.item_view else 0):
+            purified = propagate(self.ii[m], purified)
+        return purified
+
+    def with_users(self, items):
+        """Users inherit content from the items they clicked, Eq. 10: E_m = [R_hat Z_m; Z_m].   (I, D) -> (N, D)"""
+        return torch.cat([propagate(self.ui.R, items), items])
+
+    def attention(self, content):
+        """How much of the shared part each modality gives, a softmax per node, Eq. 11-12.   M x (N, D) -> (N, M)"""
+        return torch.cat([self.query(x) for x in content], dim=1).softmax(1)
+
+    def fuse(self, behaviour, content):
+        """Behaviour-aware fuser, Eq. 13-15.   behaviour (N, D), content M x (N, D) -> fused content (N, D)"""
+        if self.cfg.fuser == "mean":
+            return torch.stack(content).mean(0)
+        if self.cfg.fuser == "concat":
+            return self.mixer(torch.cat(content, dim=1))
+        if len(content) == 1:                                 # E_s = E_m: only the preference is left (authors, issue 6)
+            m, x = self.modalities[0], content[0]
+            return torch.sigmoid(self.preference[m](behaviour)) * x if self.cfg.fuser == "baf" else x
+        attention = self.attention(content)                                     # (N, M)    a_m
+        shared = sum(attention[:, k, None] * x for k, x in enumerate(content))  # (N, D)    E_s
+        specific = torch.zeros_like(shared)
+        if self.cfg.fuser == "baf":
+            gates = [torch.sigmoid(self.preference[m](behaviour)) for m in self.modalities]     # M x (N, D)    G_m
+            specific = sum(g * (x - shared) for g, x in zip(gates, content, strict=True))
+        a, b = fusion_scales(self.cfg.fusion, len(content))
+        return a * shared + b * specific
 
 
-# -- losses ---------------------------------------------------------------------------------------------------------------------
+def fusion_scales(fusion, modalities):
+    """Scales (a, b) of M = a E_s + b sum_m G_m * (E_m - E_s), Eq. 15, for `modalities` modalities.
 
-
-def bpr(users, positives, negatives):
-    """Bayesian personalised ranking, Eq. 19's first term: -mean log sigmoid(u.p - u.n).   (B, D) each -> scalar
-
-    Paper: a sum over triples. Official code: the mean; followed.
+    Paper: a = 1, b = 1 / M. Official code: everything is divided by M + 1; followed by default (--fusion=code).
     """
-    return -F.logsigmoid((users * (positives - negatives)).sum(1)).mean()
+    return (1.0, 1 / modalities) if fusion == "paper" else (1 / (modalities + 1), 1 / (modalities + 1))
 
 
-def regulariser(*embeddings):
-    """Half the squared norm of the batch's final embeddings / 2048.   Paper: the norm of all parameters"""
-    return sum(e.square().sum() for e in embeddings) / (2 * REG_BATCH)
+def check_switches(cfg):
+    """Words among the options must be known ones.   raises ValueError"""
+    for name, value, known in (("fuser", cfg.fuser, FUSERS), ("fusion", cfg.fusion, ("code", "paper"))):
+        if value not in known:
+            raise ValueError(f"--{name}={value} is unknown; choose {', '.join(known)}")
 
 
-def info_nce(anchors, candidates, tau, positive=None):
-    """Contrastive loss, Eq. 16: row r of `anchors` should be nearest to candidate positive[r] (default r).   -> scalar
+# ---- losses ----------------------------------------------------------------------------------------------------------
 
-    anchors (B, D), candidates (B', D); cosine / tau, one direction, every candidate of the batch a negative, duplicates kept.
-    Paper: the denominator runs over all users or items. Official code: over the batch; followed.
+
+def bpr(positive, negative):
+    """Bayesian personalised ranking, Eq. 18: -mean log sigmoid(positive - negative).   scores (B,) -> scalar
+
+    Paper: a sum over triples. Official code: the mean, followed (the sum would scale the step with the batch).
     """
-    anchors, candidates = F.normalize(anchors, dim=1), F.normalize(candidates, dim=1)
-    positive = torch.arange(len(anchors), device=anchors.device) if positive is None else positive
-    return F.cross_entropy(anchors @ candidates.T / tau, positive)
+    return -F.logsigmoid(positive - negative).mean()
 
 
-# -- official weights -------------------------------------------------------------------------------------------------------------
+def info_nce(anchors, candidates, tau, first=0):
+    """Contrastive loss, Eq. 16.   anchors (B', D), candidates (B, D) -> scalar
 
-
-def official_names(modalities=("image", "text")):
-    """{our key: official key}; the official code knows two modalities, v = image and t = text."""
-    names = {"user.weight": "user_embedding.weight", "item.weight": "item_id_embedding.weight"}
-    for m, letter in zip(modalities, "vt", strict=True):
-        official = ("image", "text")["vt".index(letter)]
-        names[f"features.{m}"] = f"{official}_embedding.weight"
-        for ours, theirs in (("project", f"{official}_trs"), ("gate", f"gate_{letter}.0"), ("prefer", f"gate_{official}_prefer.0")):
-            names |= {f"{ours}.{m}.{p}": f"{theirs}.{p}" for p in ("weight", "bias")}
-    return names | {f"query.{k}": f"query_common.{k}" for k in ("0.weight", "0.bias", "2.weight")}
-
-
-def from_official(state_dict, edges, initial_features=None, **switches):
-    """MGCN with the weights of an official run.   edges (E, 2) its training pairs
-
-    initial_features  {"image": (I, d), "text": (I, d)} before training: the item graphs come from these; None: from the
-                      trained tables, as good as can be had from the file alone
-    raises ValueError listing missing, unknown and misshapen keys
+    Candidate first + r is the positive of anchor r, every other row of candidates is a negative; cosine / tau.
+    Paper: the denominator runs over all users (or items), with an index typo that pairs v with v.
+    Official code: over the batch, one direction, duplicates kept: a user twice in a batch is their own negative.
     """
-    names = official_names()
-    missing, unknown = sorted(set(names.values()) - state_dict.keys()), sorted(state_dict.keys() - set(names.values()))
-    if missing or unknown:
-        raise ValueError(f"not an official MGCN state dict: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
-    tables = {m: state_dict[f"{m}_embedding.weight"].float() for m in ("image", "text")}
-    users, dim = state_dict["user_embedding.weight"].shape
-    model = MGCN(users, len(tables["image"]), edges, initial_features or tables, dim, **switches)
-    wrong = [f"{names[k]} {tuple(state_dict[names[k]].shape)}, expected {tuple(p.shape)}" for k, p in model.state_dict().items()
-             if state_dict[names[k]].shape != p.shape]
-    if wrong:
-        raise ValueError("misshapen keys: " + "; ".join(wrong))
-    model.load_state_dict({ours: state_dict[theirs].float() for ours, theirs in names.items()})
-    return model
+    logits = F.normalize(anchors, dim=1) @ F.normalize(candidates, dim=1).T / tau               # (B', B)
+    return F.cross_entropy(logits, torch.arange(first, first + len(anchors), device=logits.device))
+
+
+def half_square(*tables):
+    """0.5 sum |rows|^2 / B of the final embeddings in a batch: the official regulariser.   each (B, D) -> scalar
+
+    Paper: the norm of all parameters. Official code: these rows only, divided by the configured batch size.
+    """
+    return 0.5 * sum(x.square().sum() for x in tables) / len(tables[0])
+
+
+def loss(model, batch, local=slice(None)):
+    """Total loss of a batch, Eq. 19: BPR + reg |F|^2 + cl_loss (NCE of items + NCE of users).
+
+    batch  users, positives, negatives (B,) each;  local: the rows whose share this process computes
+    """
+    cfg, (behaviour, content) = model.cfg, model.views()
+    user, positive, negative = batch[0], batch[1] + model.users, batch[2] + model.users         # nodes of the graph
+    final = behaviour + content
+    f_user, f_positive, f_negative = (final[nodes[local]] for nodes in (user, positive, negative))
+    total = bpr((f_user * f_positive).sum(1), (f_user * f_negative).sum(1))
+    total = total + cfg.reg * half_square(f_user, f_positive, f_negative)
+    if cfg.cl and model.modalities:
+        first = local.start or 0
+        total = total + cfg.cl_loss * sum(                    # content anchors against behaviour candidates
+            info_nce(content[nodes[local]], behaviour[nodes], cfg.tau, first) for nodes in (positive, user))
+    return total
+
+
+# ---- the authors' weights ----------------------------------------------------------------------------------------------
+
+
+def from_official(state):
+    """State dict of the official MGCN -> state dict of this one, with the modalities image and text.
+
+    MGCN(...).load_state_dict(from_official(state)). Graphs are not in it: they are rebuilt from the data.
+    raises ValueError that lists missing, unknown and misshapen entries by name
+    """
+    names = {"user_embedding.weight": "user.weight", "item_id_embedding.weight": "item.weight"}
+    for m, letter in (("image", "v"), ("text", "t")):
+        names[f"{m}_embedding.weight"] = f"features.{m}"
+        for part in ("weight", "bias"):
+            names |= {f"{m}_trs.{part}": f"project.{m}.{part}", f"gate_{letter}.0.{part}": f"gate.{m}.{part}",
+                      f"gate_{m}_prefer.0.{part}": f"preference.{m}.{part}"}
+    names |= {f"query_common.{part}": f"query.{part}" for part in ("0.weight", "0.bias", "2.weight")}
+
+    def size(name, axis):                                     # 0 where the entry is missing or has too few axes
+        return state[name].shape[axis] if name in state and state[name].dim() == 2 else 0
+
+    users, items, dim = size("user_embedding.weight", 0), size("item_id_embedding.weight", 0), size("user_embedding.weight", 1)
+    expected = {name: (dim,) if name.endswith("bias") else (dim, dim) for name in names}
+    expected |= {"user_embedding.weight": (users, dim), "item_id_embedding.weight": (items, dim), "query_common.2.weight": (1, dim)}
+    for m in ("image", "text"):
+        width = size(f"{m}_embedding.weight", 1)
+        expected |= {f"{m}_embedding.weight": (items, width), f"{m}_trs.weight": (dim, width)}
+    check_names(expected, state, "the official MGCN state dict")
+    return {ours: state[theirs] for theirs, ours in names.items()}

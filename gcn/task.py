@@ -2,12 +2,13 @@
 from dataclasses import dataclass, fields
 
 import torch
+from torch.nn import functional as F
 
 from data import parallel, pictures
 from data.interactions import load
 from data.metrics import ranking, ranking_chance
 from gcn.baselines import VBPR, ItemKNN, LightGCN, Popularity
-from gcn.mgcn import MGCN, bpr, info_nce, regulariser
+from gcn.mgcn import MGCN, CountedNCE, bpr, info_nce, regulariser
 from kernels.graph import Graph
 from kernels.ranking import rank_of_targets, top_k
 
@@ -91,7 +92,7 @@ class Task:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         if trained:
             self.sampler = self.data.sampler(device)
-            self.optimiser = torch.optim.Adam(trained, lr=cfg.lr, fused=device.type == "cuda" or None)
+            self.optimiser = torch.optim.Adam(trained, lr=cfg.lr, fused=device.type in ("cpu", "cuda"))
             self.saved["optimiser"] = self.optimiser
         elif cfg.steps:
             raise ValueError(f"{cfg.model} has nothing to train: pass --steps=0")
@@ -114,25 +115,39 @@ class Task:
         return {name: loss.detach() for name, loss in losses.items()}
 
     def losses(self, users, positives, negatives):
-        """The three terms.   Anchors are this process's share, contrastive candidates are everybody's."""
-        cfg, count = self.cfg, len(users)
-        if cfg.model != "mgcn":
-            final, cl = self.model.rows(users, torch.cat([positives, negatives])), torch.zeros((), device=self.device)
-            u, p, n = (parallel.shard(x) for x in final.split(count))
-        else:
-            if cfg.exact:
-                whole = self.model()
-                nodes = torch.cat([users, positives + self.data.users, negatives + self.data.users])
-                content, behaviour = whole.content[nodes], whole.behaviour[nodes]
-            else:
-                views = self.model.rows(users, torch.cat([positives, negatives]))
-                content, behaviour = views.content, views.behaviour
-            u, p, n = (parallel.shard(x) for x in (content + behaviour).split(count))
-            cl = torch.zeros((), device=self.device)
-            if cfg.cl:
-                mine = parallel.shard(torch.arange(count, device=self.device))
-                cl = sum(info_nce(content[s][mine], behaviour[s], cfg.tau, mine) for s in (slice(count), slice(count, 2 * count)))
-        return {"bpr": bpr(u, p, n), "reg": regulariser(u, p, n) * parallel.world(), "cl": cl}
+        """The three terms, on each node of the batch once.   `exact` runs the naive twin: all nodes, rows repeated."""
+        cfg, zero = self.cfg, torch.zeros((), device=self.device)
+        if cfg.exact and cfg.model == "mgcn":
+            return self.losses_exactly(users, positives, negatives)
+        user_ids, u = torch.unique(users, return_inverse=True)
+        item_ids, i = torch.unique(torch.cat([positives, negatives]), return_inverse=True)
+        p, n = i.split(len(users))
+        views = self.model.rows(user_ids, item_ids)
+        final = views.final if cfg.model == "mgcn" else views
+        who, what = final[: len(user_ids)], final[len(user_ids) :]
+        triple = [F.embedding(parallel.shard(ids), table) for ids, table in ((u, who), (p, what), (n, what))]
+        cl = zero
+        if cfg.model == "mgcn" and cfg.cl:
+            cl = self.contrast(views, u, 0, len(user_ids)) + self.contrast(views, p, len(user_ids), len(item_ids))
+        return {"bpr": bpr(*triple), "reg": regulariser(*triple) * parallel.world(), "cl": cl}
+
+    def contrast(self, views, ids, start, count):
+        """Eq. 16 for users or positives: anchors are this process's share, candidates everybody's."""
+        everybody, mine = (torch.bincount(x, minlength=count) for x in (ids, parallel.shard(ids)))
+        there = everybody.nonzero()[:, 0]
+        content, behaviour = (F.normalize(F.embedding(there + start, x), dim=1) for x in (views.content, views.behaviour))
+        return CountedNCE.apply(content, behaviour, mine[there].float(), everybody[there].float(), self.cfg.tau)
+
+    def losses_exactly(self, users, positives, negatives):
+        """The same numbers as the page reads: forward over all nodes, every row of the batch written out."""
+        whole, cfg = self.model(), self.cfg
+        nodes = [users, positives + self.data.users, negatives + self.data.users]
+        triple = [whole.final[parallel.shard(x)] for x in nodes]
+        cl = torch.zeros((), device=self.device)
+        if cfg.cl:
+            mine = parallel.shard(torch.arange(len(users), device=self.device))
+            cl = sum(info_nce(whole.content[x][mine], whole.behaviour[x], cfg.tau, mine) for x in nodes[:2])
+        return {"bpr": bpr(*triple), "reg": regulariser(*triple) * parallel.world(), "cl": cl}
 
     @torch.no_grad()
     def embeddings(self):
