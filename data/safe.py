@@ -1,0 +1,369 @@
+"""Files of other people, read without trusting them: text, JSON lines, arrays, pictures, pickles, archives.
+
+Each reader either returns what was asked for or raises one sentence that names the file and what to do. A pickle is a
+program: it may only call the stand-ins of this file, which rebuild plain numbers and arrays from bytes, so neither
+numpy's nor scipy's code is run by it and scipy need not be installed.
+"""
+import codecs
+import gzip
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image, ImageOps
+
+DAMAGED = (OSError, EOFError, ValueError, KeyError, SyntaxError, struct.error, zlib.error, zipfile.BadZipFile,
+           tarfile.TarError, OverflowError, MemoryError, NotImplementedError, RuntimeError)
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+
+
+def reason(error):
+    """First line of an error, short enough for a sentence."""
+    return (str(error).splitlines() or [""])[0][:140] or type(error).__name__
+
+
+def missing(path, hint=""):
+    return FileNotFoundError(f"{path} is missing" + (f": {hint}" if hint else ""))
+
+
+# -- text, JSON and arrays ------------------------------------------------------------------------------------------
+
+
+def read_text(path, hint=""):
+    """A UTF-8 text file, gzipped if its name ends in .gz; a byte order mark is dropped."""
+    path = Path(path)
+    if not path.is_file():
+        raise missing(path, hint)
+    try:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1 if path.suffix != ".gz" else "?"
+        raise ValueError(f"{path}, line {line}: byte {error.object[error.start]:#x} is not UTF-8 text; save the file "
+                         "as UTF-8") from error
+    except DAMAGED as error:
+        raise ValueError(f"{path} is damaged or cut ({reason(error)}); copy it again") from error
+
+
+def read_json(path, kind, hint=""):
+    """A JSON file whose outermost value is a `kind` (list or dict)."""
+    try:
+        table = json.loads(read_text(path, hint))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON, or it is cut ({reason(error)}); copy it again") from error
+    if not isinstance(table, kind):
+        raise ValueError(f"{path} holds a JSON {type(table).__name__}, expected a {kind.__name__}"
+                         + (f": {hint}" if hint else ""))
+    return table
+
+
+def read_jsonl(path, fields, hint=""):
+    """One JSON object a line.   fields: {key: type} that every row must have   -> list of dict"""
+    rows = []
+    for number, line in enumerate(read_text(path, hint).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({reason(error)})") from error
+        check_row(row, fields, f"{path}, line {number}")
+        rows.append(row)
+    return rows
+
+
+def check_row(row, fields, where):
+    """Raises ValueError unless `row` is a dict with each field of the wanted type."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is a {type(row).__name__}, expected an object with {', '.join(fields)}")
+    for key, kind in fields.items():
+        if not isinstance(row.get(key), kind) or isinstance(row.get(key), bool):
+            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"{where}: {key!r} is {row.get(key, 'missing')!r:.60}, expected {names}")
+
+
+def read_arrays(path, names=None, hint=""):
+    """An .npz as a dict of arrays, or an .npy as one array; never a pickle.   names: arrays an .npz must have"""
+    if not Path(path).is_file():
+        raise missing(path, hint)
+    try:
+        with open(path, "rb") as file:
+            found = np.load(file, allow_pickle=False)
+            found = found if isinstance(found, np.ndarray) else {k: found[k] for k in (names or found.files)}
+    except DAMAGED as error:
+        raise ValueError(f"{path} is damaged, cut, or not the numpy file that is expected ({reason(error)})") from error
+    if names and not isinstance(found, dict):
+        raise ValueError(f"{path} is one array; it must be an .npz with {', '.join(names)}")
+    return found
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------
+
+
+def open_image(source, where=None, upright=False):
+    """Any picture file (path, bytes or open file) as an RGB Pillow image; whatever is transparent becomes white.
+
+    where     the name used in error messages, if `source` is not a path
+    upright   turn photographs as their EXIF tag says; leave False where boxes or labels use the stored pixels
+    """
+    where = where or source
+    if isinstance(source, str | os.PathLike) and not Path(source).is_file():
+        raise missing(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image) if upright else image
+            return on_white(image)
+    except (*DAMAGED, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where} is not a picture that can be read, or it is cut ({reason(error)}); copy it again "
+                         "or take it out of the list") from error
+
+
+def on_white(image):
+    """A loaded Pillow image in any mode -> RGB. 16-bit grey keeps its top 8 bits."""
+    if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"mode {image.mode} has no fixed white; save it as 8-bit or 16-bit")
+        image = Image.fromarray((grey // 257).astype(np.uint8))       # 65535 / 257 = 255
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# -- pickles --------------------------------------------------------------------------------------------------------
+
+
+class Dtype:
+    """Stand-in for numpy.dtype: numbers, fixed-width text, and `O` (a list of already checked values)."""
+
+    def __init__(self, code, *_):
+        if not re.fullmatch(r"[<>=|]?([biuf]\d{1,2}|[SU]\d{1,6}|O8?)", code):
+            raise pickle.UnpicklingError(f"an array of dtype {code!r}")
+        self.value = np.dtype(code)
+
+    def __setstate__(self, state):
+        self.value = self.value.newbyteorder(state[1]) if state[1] in ("<", ">") else self.value
+
+
+class Array:
+    """Stand-in for numpy.ndarray: a checked dtype, a shape and the bytes (or, for dtype O, a list)."""
+
+    def __setstate__(self, state):
+        _, self.shape, dtype, fortran, self.raw = state
+        self.dtype, self.order = dtype.value, "F" if fortran else "C"
+
+    def build(self, visit):
+        if self.dtype == object:
+            flat = np.empty(len(self.raw), dtype=object)
+            for n, value in enumerate(self.raw):
+                flat[n] = visit(value)
+        else:
+            raw = self.raw.encode("latin1") if isinstance(self.raw, str) else self.raw       # str: Python 2
+            flat = np.frombuffer(raw, self.dtype) if len(raw) else np.empty(0, self.dtype)
+        return flat.reshape(self.shape, order=self.order)
+
+
+class Sparse:
+    """Stand-in for a scipy.sparse matrix, which becomes {"format", "shape", "data", ...}: a dict of arrays."""
+
+    def __setstate__(self, state):
+        self.fields = state
+
+    def build(self, visit):
+        fields = {str(k): visit(v) for k, v in self.fields.items()}
+        row_col = fields.pop("coords", None)
+        if row_col is not None:
+            fields["row"], fields["col"] = row_col
+        return {"format": self.form, "shape": tuple(fields.pop("_shape")), **fields}
+
+
+class Coo(Sparse):
+    form = "coo"
+
+
+class Csr(Sparse):
+    form = "csr"
+
+
+class Csc(Sparse):
+    form = "csc"
+
+
+def from_buffer(raw, dtype, shape, order):                 # how protocol 5 writes an array
+    array = Array()
+    array.__setstate__((1, shape, dtype, order == "F", raw))
+    return array
+
+
+def scalar(dtype, raw):
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw
+    return np.frombuffer(raw, dtype.value)[0].item()
+
+
+def latin1(text, codec="latin1"):                          # how protocol 2 writes bytes
+    if codecs.lookup(codec).name != "iso8859-1":
+        raise pickle.UnpicklingError(f"text in {codec!r}")
+    return text.encode("latin1")
+
+
+ALLOWED = {("numpy", "dtype"): Dtype, ("numpy", "ndarray"): Array, ("_codecs", "encode"): latin1,
+           ("copyreg", "_reconstructor"): lambda kind, *_: kind(), ("builtins", "object"): object,
+           ("collections", "OrderedDict"): dict, ("collections", "defaultdict"): lambda *_: {},
+           **{("builtins", t.__name__): t for t in (list, dict, set, frozenset, tuple, int, float, complex, str)},
+           **{("builtins", old): new for old, new in (("bytearray", bytes), ("long", int), ("unicode", str))},
+           **{(f"scipy.sparse{module}", f"{form}_{kind}"): stand_in
+              for form, stand_in in (("coo", Coo), ("csr", Csr), ("csc", Csc))
+              for module in ("", f".{form}", f"._{form}") for kind in ("matrix", "array")},
+           **{(f"numpy.{core}.multiarray", name): build for core in ("core", "_core")
+              for name, build in (("_reconstruct", lambda *_: Array()), ("scalar", scalar))},
+           **{(f"numpy.{core}.numeric", "_frombuffer"): from_buffer for core in ("core", "_core")}}
+
+
+class Reader(pickle.Unpickler):
+    """Calls only what ALLOWED names."""
+
+    def find_class(self, module, name):
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return ALLOWED[module, name]
+
+
+def plain(value):
+    """Replace every stand-in inside lists, dicts and tuples by what it stands for; shared parts stay shared."""
+    done = {}
+
+    def visit(x):
+        if id(x) in done:
+            return done[id(x)][1]
+        if isinstance(x, Dtype):
+            y = x.value
+        elif isinstance(x, Array | Sparse):
+            y = x.build(visit)
+        elif isinstance(x, tuple):
+            y = tuple(visit(v) for v in x)
+        else:
+            y = x
+        done[id(x)] = (x, y)                               # before its parts: a list may contain itself
+        if isinstance(x, list):
+            x[:] = [visit(v) if type(v) not in (int, str, float) else v for v in x]
+        elif isinstance(x, dict):
+            for key in x:
+                x[key] = visit(x[key])
+        return y
+
+    return visit(value)
+
+
+def load_pickle(path, encoding="latin1", hint=""):
+    """A pickle of numbers, text, builtin containers, numpy arrays and scipy matrices; everything else is refused.
+
+    path      a file, or bytes. Sparse matrices come back as {"format", "shape", "data", "row", "col" | "indices", "indptr"}
+    encoding  of Python 2 strings: "latin1" keeps the bytes of arrays, "ascii" is stricter
+    raises    ValueError that names the file and the class it asked for
+    A protocol-0 pickle that went through a Windows checkout (CR LF at every line's end) is repaired on the way in.
+    """
+    if not isinstance(path, bytes) and not Path(path).is_file():
+        raise missing(path, hint)
+    raw, where = (path, hint or "the pickle") if isinstance(path, bytes) else (Path(path).read_bytes(), path)
+    if not raw.startswith(b"\x80") and 0 < raw.count(b"\r\n") == raw.count(b"\n"):
+        raw = raw.replace(b"\r\n", b"\n")
+    try:
+        return plain(Reader(io.BytesIO(raw), encoding=encoding).load())
+    except pickle.UnpicklingError as error:
+        if re.fullmatch(r"[\w.<>]+\.[\w.<>]+|an array of dtype.*|text in.*", str(error)):
+            raise ValueError(f"{where} is refused: the pickle asks for {error}, and only numbers, text, containers, "
+                             "arrays and sparse matrices are read") from error
+        raise ValueError(f"{where} is not a pickle, or it is cut ({reason(error)}); copy it again in binary mode") from error
+    except (*DAMAGED, AttributeError, TypeError, IndexError, RecursionError) as error:
+        raise ValueError(f"{where} is not a pickle of data, or it is cut ({reason(error)}); copy it again") from error
+
+
+def load_object_array(path, hint=""):
+    """An .npy file written from a dict, a list of arrays or an array of objects: its pickle goes through `load_pickle`."""
+    if not Path(path).is_file():
+        raise missing(path, hint)
+    with open(path, "rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            dtype = read(file)[2]
+        except DAMAGED as error:
+            raise ValueError(f"{path} is not an .npy file, or it is cut ({reason(error)})") from error
+        if not dtype.hasobject:
+            return read_arrays(path)
+        found = load_pickle(file.read(), hint=str(path))
+    return found.item() if isinstance(found, np.ndarray) and found.ndim == 0 else found
+
+
+# -- archives -------------------------------------------------------------------------------------------------------
+
+
+def members(archive):
+    """(name, size, is folder, open function) of every member of an open zip or tar; links and devices are refused."""
+    if isinstance(archive, zipfile.ZipFile):
+        for info in archive.infolist():
+            if (info.external_attr >> 16) & 0o170000 == 0o120000:
+                raise ValueError(f"member {info.filename!r} is a link")
+            yield info.filename, info.file_size, info.is_dir(), lambda info=info: archive.open(info)
+    else:
+        for info in archive:
+            if not (info.isfile() or info.isdir()):
+                raise ValueError(f"member {info.name!r} is a link or a device")
+            yield info.name, info.size, info.isdir(), lambda info=info: archive.extractfile(info)
+
+
+def inside(name):
+    """A member's name as a relative path; raises ValueError if it could leave the folder."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name) or "\0" in name or not path.parts:
+        raise ValueError(f"member {name!r} would be written outside the folder")
+    return Path(*path.parts)
+
+
+def unpack(archive, folder, limit=64 * 2**30):
+    """Extract a .zip, .tar, .tar.gz or .tgz into `folder`: all of it or nothing.   -> number of files
+
+    Everything is written into a folder aside and its top-level entries are moved at the end. Refused: `../`, absolute
+    names, links, devices, more than `limit` bytes (really written, whatever the headers claim), an entry that exists.
+    """
+    archive, folder = Path(archive), Path(folder)
+    aside, left, count = folder / f".{archive.name}.part", limit, 0
+    if not archive.is_file():
+        raise missing(archive)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive) as opened:
+            for name, _, is_folder, open_member in members(opened):
+                target = aside / inside(name)
+                (target if is_folder else target.parent).mkdir(parents=True, exist_ok=True)
+                if is_folder:
+                    continue
+                with open_member() as source, open(target, "xb") as out:
+                    while block := source.read(2**20):
+                        left -= len(block)
+                        if left < 0:
+                            raise ValueError(f"it holds more than {limit:,} bytes")
+                        out.write(block)
+                count += 1
+        entries = sorted(aside.iterdir())
+        if taken := [e.name for e in entries if (folder / e.name).exists()]:
+            raise FileExistsError(f"{folder / taken[0]} exists already; move it away first")
+        for entry in entries:
+            os.replace(entry, folder / entry.name)
+    except DAMAGED as error:
+        raise ValueError(f"{archive} was not unpacked: {reason(error)}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return count
