@@ -51,28 +51,95 @@ def uniform(key, n):
 
 # -- shapes: x, y in radii, y down -> signed distance in radii -----------------------------------------------------------
 
+def length(x, y):
+    return (x * x).addcmul_(y, y).sqrt_()
+
+
 def circle(x, y):
-    return torch.hypot(x, y) - 0.88
+    return length(x, y) - 0.88
+
+
+def ring(x, y):
+    return (length(x, y) - 0.7).abs_() - 0.24
 
 
 def square(x, y, half=0.66, corner=0.1):
-    """A square grown by rounded corners: half its width is half + corner."""
+    """A square grown by its rounded corner: half its width is half + corner."""
     x, y = x.abs() - half, y.abs() - half
-    return torch.hypot(x.clamp(min=0), y.clamp(min=0)) + torch.maximum(x, y).clamp(max=0) - corner
+    return length(x.clamp(min=0), y.clamp(min=0)) + torch.maximum(x, y).clamp_(max=0) - corner
+
+
+def cross(x, y, arm=0.86, half=0.26, corner=0.08):
+    """Two bars. Folded so that the point lies on the arm to the right, below its middle line."""
+    x, y = x.abs(), y.abs()
+    x, y = torch.maximum(x, y) - arm, torch.minimum(x, y) - half
+    inside = torch.maximum(x, y) <= 0
+    notch = length((x + (arm - half)).clamp_(max=0), y)     # from within, the nearest edge may be the inner corner
+    return torch.where(inside, torch.maximum(x, -notch), length(x.clamp(min=0), y.clamp(min=0))) - corner
 
 
 def points(x, y, n, outer, inner, corner):
-    """A star of n points (n odd) with rounded corners; n = 3 with inner = outer / 2 is a triangle.
+    """A star of n points (n odd), corners rounded; with inner = outer / 2 and n = 3 it is a triangle.
 
-    Mirrors fold the plane into one wedge of pi / n, where the outline is a single straight piece.
+    Mirrors fold the plane into one wedge of pi / n beside the upward axis, where the outline is one straight piece.
     """
     x, y = x.abs(), -y
-    for step in range(n // 2, 0, -2):                       # mirror lines at 3 w and w (n = 5), at w (n = 3)
-        angle = (2 * step - 1) * math.pi / n
-        over = (x * math.cos(angle) - y * math.sin(angle)).clamp(min=0) * 2
-        x, y = (x - over * math.cos(angle)).abs(), y + over * math.sin(angle)
+    for k in range(n - 2, 0, -2):                           # mirror lines at (n - 2) pi / n, ..., 3 pi / n, pi / n
+        c, s = math.cos(k * math.pi / n), math.sin(k * math.pi / n)
+        over = (x * c - y * s).clamp_(min=0).mul_(2)
+        x, y = x - over * c, y + over * s
+    x, y = x.abs(), y - outer
     edge_x, edge_y = inner * math.sin(math.pi / n), inner * math.cos(math.pi / n) - outer
-    y = y - outer
-    along = ((x * edge_x + y * edge_y) / (edge_x**2 + edge_y**2)).clamp(0, 1)
-    outside = x * edge_y - y * edge_x                       # sign of the cross product: which side of the edge
-    return torch.hypot(x - along * edge_x, y - along * edge_y).copysign(-outside) - corner
+    along = (x * edge_x + y * edge_y).mul_(1 / (edge_x**2 + edge_y**2)).clamp_(0, 1)
+    beyond = y * edge_x - x * edge_y                        # cross product: positive outside the edge
+    return length(x - along * edge_x, y - along * edge_y).copysign_(beyond) - corner
+
+
+def triangle(x, y):
+    return points(x, y + -0.12, 3, 0.94, 0.47, 0.1)
+
+
+def star(x, y):
+    return points(x, y - 0.04, 5, 0.98, 0.46, 0.06)
+
+
+def heart(x, y, scale=1.62):
+    """A unit square on its tip with half discs on its upper sides; the tip is the origin, then it is centred."""
+    x, y = x.abs() / scale, 0.55 - y / scale
+    lobe = length(x - 0.25, y - 0.75) - 8**-0.5
+    rise = (x + y).clamp_(min=0).mul_(0.5)                  # foot of the perpendicular on the side x = y
+    side = torch.minimum(length(x, y - 1), length(x - rise, y - rise)).copysign_(x - y)
+    return torch.where(x + y > 1, lobe, side) * scale
+
+
+def moon(x, y, disc=0.96, bite=0.78, shift=0.46):
+    """A disc less a smaller disc shifted to the upper right; the horns are the two points where the circles meet."""
+    x, y = (x - y) * 0.5**0.5 + 0.14, (x + y).abs_() * 0.5**0.5
+    at = (disc**2 - bite**2 + shift**2) / (2 * shift)
+    horn = (disc**2 - at**2) ** 0.5
+    beyond = (x * horn - y * at) > shift * (horn - y).clamp_(min=0)
+    arcs = torch.maximum(length(x, y) - disc, bite - length(x - shift, y))
+    return torch.where(beyond, length(x - at, y - horn), arcs)
+
+
+DISTANCE = (circle, square, triangle, star, heart, cross, ring, moon)                     # in the order of SHAPES
+
+
+# -- textures and backgrounds: how much of the second tone covers a pixel ----------------------------------------------
+
+def striped(x, y, pixel, period=0.58):
+    """Slanting stripes, as wide as the gaps.   x, y in radii, pixel: its size in radii"""
+    u = (x + y * 0.6).mul_(1 / 1.36**0.5 / period)
+    wave = (u - u.round()).abs_().mul_(2 * period)          # 0 at a stripe's middle, `period` between two stripes
+    return coverage((wave - period / 2).mul_(0.5), pixel)
+
+
+def dotted(x, y, pixel, period=0.56, radius=0.17):
+    """Round dots on a square grid turned by 45 degrees."""
+    u, v = (x + y) * (0.5**0.5 / period), (x - y) * (0.5**0.5 / period)
+    return coverage(length(u - u.round(), v - v.round()).mul_(period).sub_(radius), pixel)
+
+
+def coverage(sd, pixel):
+    """Share of a pixel inside the edge: 1/2 - sd / pixel, cut to [0, 1]. Works in place on sd."""
+    return sd.div_(pixel).neg_().add_(0.5).clamp_(0, 1)

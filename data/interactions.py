@@ -69,7 +69,7 @@ class Sampler:
     """
 
     def __init__(self, data, device="cpu"):
-        user, item = data.train.T
+        user, item = data.train.T.contiguous()
         self.pool = torch.unique(item)                               # (P,) items that occur in train
         size = len(self.pool)
         own = torch.searchsorted(self.pool, item)                    # (E,) places in the pool, sorted for each user

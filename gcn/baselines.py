@@ -1,92 +1,72 @@
-"""The rivals MGCN argues against, under the same protocol: LightGCN, VBPR, popularity, item kNN.
+"""What MGCN argues against, under the same protocol: LightGCN, VBPR, item-kNN, popularity.
 
-Each gives embeddings whose dot product ranks: `forward() -> users (U, D), items (I, D)`, and, where it is trained,
-`rows(users, items)` for the rows of a batch.
+The trained ones answer to the same three calls as MGCN: model() -> users (U, D), items (I, D), and loss(model, batch, local).
+The counted ones return users and items too, so that one ranking code serves all.
 """
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from kernels.graph import Graph, mix_hops, propagate
+from gcn.mgcn import MGCN, bpr, half_square, user_item_graph
+from kernels.graph import Graph, propagate
 
 
-class LightGCN(nn.Module):
-    """LightGCN (He et al., SIGIR 2020): the mean of propagated ID embeddings, behaviour only."""
+class LightGCN(MGCN):
+    """Simplifying and Powering Graph Convolution Network (He et al., SIGIR 2020): MGCN's user-item view alone, Eq. 3-5."""
 
-    def __init__(self, users, items, edges, features=None, dim=64, layers=2):
-        super().__init__()
-        self.users, self.layers = users, layers
-        self.user, self.item = nn.Embedding(users, dim), nn.Embedding(items, dim)
-        nn.init.xavier_uniform_(self.user.weight)
-        nn.init.xavier_uniform_(self.item.weight)
-        self.ui = Graph.bipartite(edges[:, 0], edges[:, 1], users, items)
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self.ui = self.ui.to(self.user.weight.device)
-        return self
-
-    def forward(self):
-        """Mean of layers 0..L (Eq. 3, 7).   -> (U, D), (I, D)"""
-        h = torch.cat([self.user.weight, self.item.weight])
-        h = mix_hops(self.ui, h, [1 / (self.layers + 1)] * (self.layers + 1))
-        return h[: self.users], h[self.users :]
-
-    def rows(self, users, items):
-        """The same for chosen rows: the last hop runs on these only.   -> (b + c, D)"""
-        nodes, h, share = torch.cat([users, items + self.users]), torch.cat([self.user.weight, self.item.weight]), 1 / (self.layers + 1)
-        if not self.layers:
-            return h[nodes]
-        return h[nodes] * share + propagate(self.ui.rows(nodes), mix_hops(self.ui, h, [share] * self.layers))
+    def __init__(self, cfg, users, items, train, features=None):
+        super().__init__(cfg, users, items, train, {})
 
 
 class VBPR(nn.Module):
-    """VBPR (He and McAuley, AAAI 2016) as the toolbox has it: an item is its ID vector beside its projected content."""
+    """Visual Bayesian Personalized Ranking (He & McAuley, AAAI 2016): an ID factor beside a projection of content.
 
-    def __init__(self, users, items, edges=None, features=None, dim=64):
-        super().__init__()
-        if not features:
-            raise ValueError("VBPR needs content features; train lightgcn on data without them")
-        content = torch.cat(list(features.values()), dim=1)
-        self.register_buffer("content", content, persistent=False)
-        self.user, self.item = nn.Embedding(users, 2 * dim), nn.Embedding(items, dim)
-        nn.init.xavier_uniform_(self.user.weight)
-        nn.init.xavier_uniform_(self.item.weight)
-        self.project = nn.Linear(content.shape[1], dim)
-
-    def forward(self):
-        return self.user.weight, torch.cat([self.item.weight, self.project(self.content)], dim=1)
-
-    def rows(self, users, items):
-        return torch.cat([self.user(users), torch.cat([self.item(items), self.project(self.content[items])], dim=1)])
-
-
-class Popularity(nn.Module):
-    """Most clicked first, the same list for everybody."""
-
-    def __init__(self, users, items, edges, features=None, dim=1):
-        super().__init__()
-        self.register_buffer("clicks", torch.bincount(edges[:, 1], minlength=items).float()[:, None])
-        self.users = users
-
-    def forward(self):
-        return self.clicks.new_ones(self.users, 1), self.clicks
-
-
-class ItemKNN(nn.Module):
-    """Item-based kNN: score(u, i) = sum over u's clicks j of |users of i and j| / sqrt(d_i d_j), the k largest a row.
-
-    Its embeddings are wide (D = I) but small sets only need a moment; a yardstick without training.
+    score(u, i) = gamma_u . gamma_i + theta_u . (X_i W + b), all modalities side by side in X, no graph.
+    Official code: item and visual bias terms as well; left out here as MMRec does, whose numbers the MGCN paper prints.
     """
 
-    def __init__(self, users, items, edges, features=None, dim=1, k=50):
+    def __init__(self, cfg, users, items, train, features):
         super().__init__()
-        clicks = torch.zeros(users, items).index_put_((edges[:, 0], edges[:, 1]), torch.ones(len(edges)))
-        similarity = clicks.T @ clicks
-        scale = similarity.diagonal().clamp(min=1).rsqrt()
-        similarity = (similarity * scale[:, None] * scale).fill_diagonal_(0)
-        least = similarity.topk(min(k, items), dim=1).values[:, -1:]
-        self.register_buffer("similarity", torch.where(similarity >= least, similarity, 0), persistent=False)
-        self.register_buffer("clicks", clicks, persistent=False)
+        self.cfg, self.users, self.items = cfg, users, items
+        if not features:
+            raise ValueError("VBPR needs at least one modality; without content use --model=lightgcn")
+        self.register_buffer("features", torch.cat(list(features.values()), 1), persistent=False)     # (I, sum d_m)
+        self.user = nn.Embedding(users, 2 * cfg.dim)          # gamma_u, theta_u
+        self.item = nn.Embedding(items, cfg.dim)              # gamma_i
+        self.project = nn.Linear(self.features.shape[1], cfg.dim)
+        for table in (self.user, self.item, self.project):
+            nn.init.xavier_uniform_(table.weight)
 
     def forward(self):
-        return self.clicks, self.similarity
+        return self.user.weight, torch.cat([self.item.weight, self.project(self.features)], 1)
+
+
+def loss(model, batch, local=slice(None)):
+    """BPR and the regulariser of the embeddings in the batch, for models without a contrastive part."""
+    users, items = model()
+    user, positive, negative = (F.embedding(ids[local], table) for ids, table in zip(batch, (users, items, items), strict=True))
+    score = bpr((user * positive).sum(1), (user * negative).sum(1))
+    return score + model.cfg.reg * half_square(user, positive, negative)
+
+
+def popularity(train, users, items):
+    """Most clicked first, the same list for everybody.   -> users (U, 1), items (I, 1)"""
+    return torch.ones(users, 1, device=train.device), torch.bincount(train[:, 1], minlength=items)[:, None].float()
+
+
+def item_knn(train, users, items, k=20):
+    """Item-based nearest neighbours: a user's score is the sum of their items' cosines to i, the k largest per item kept.
+
+    Cosine of two items = shared users / sqrt(users of one * users of the other).   -> users (U, I), items (I, I) = identity,
+    so for small catalogues only: the score table is dense.
+    """
+    clicks = torch.zeros(items, users, device=train.device).index_put_((train[:, 1], train[:, 0]), torch.ones((), device=train.device))
+    clicks = F.normalize(clicks, dim=1)
+    cosine = (clicks @ clicks.T).fill_diagonal_(0)                              # (I, I)
+    value, near = cosine.topk(min(k, items), 1)
+    cosine = torch.zeros_like(cosine).scatter_(1, near, value)                  # row i: what item i takes from others
+    graph = Graph.from_edges(train[:, 0], train[:, 1], (users, items))
+    return propagate(graph, cosine.T.contiguous()), torch.eye(items, device=train.device)
+
+
+__all__ = ["LightGCN", "VBPR", "item_knn", "loss", "popularity", "user_item_graph"]

@@ -24,11 +24,11 @@ def user_item_graph(train, users, items):
     return Graph.bipartite(train[:, 0], train[:, 1], users, items)
 
 
-def item_graph(features, k, name="features"):
-    """S_m: every item's k nearest items by cosine, the item itself included, normalised; Eq. 6-7.   -> Graph (I, I)
+def look_alikes(features, k, name="features"):
+    """Every item's k nearest items by cosine, the item itself included, and their weights, Eq. 6-7.   -> (I, k), (I, k)
 
-    features (I, d_m). Built once from the initial features and frozen, also when the features train on.
-    raises ValueError for a zero row, or where similarities are so negative that a degree is not positive
+    S_ij = s_ij / sqrt(g_i g_j), g the sum of a row's kept similarities. Built once from the initial features and frozen,
+    also when the features train on. raises ValueError for a zero row, or for a degree that is not positive
     """
     zero = torch.nonzero(features.norm(dim=1) == 0).flatten()
     if len(zero):                                             # Official code: divides by zero and goes on with NaN
@@ -40,7 +40,7 @@ def item_graph(features, k, name="features"):
         raise ValueError(f"{name}: item {int((degree <= 0).nonzero()[0])} is opposite to its own neighbours (similarities "
                          f"sum to {degree.min():.3g}), so the graph cannot be normalised; choose a smaller --k")
     # Paper: "symmetric normalisation". The kept edges are directed, and both factors are row sums.
-    return Graph.from_knn(neighbours, similarity * (degree[:, None] * degree[neighbours]).rsqrt())
+    return neighbours, similarity * (degree[:, None] * degree[neighbours]).rsqrt()
 
 
 class MGCN(nn.Module):
@@ -77,9 +77,10 @@ class MGCN(nn.Module):
         if cfg.fuser == "concat" and features:
             self.mixer = nn.Linear(len(features) * cfg.dim, cfg.dim)
         # Graphs are constants of the data, not part of the state: to(device) and checkpoints do not see them.
-        device = train.device
-        self.ui = user_item_graph(train, users, items)
-        self.ii = {m: item_graph(x.to(device), cfg.k, m) for m, x in features.items()} if cfg.item_view else {}
+        self.train_edges, view = train, features if cfg.item_view else {}
+        self.look_alikes = {m: look_alikes(x.to(train.device), cfg.k, m) for m, x in view.items()}
+        self.ui = user_item_graph(train, users, items)                          # A_hat (N, N), .R is R_hat (U, I)
+        self.ii = {m: Graph.from_knn(*edges) for m, edges in self.look_alikes.items()}          # S_m (I, I)
 
     def forward(self):
         behaviour, content = self.views()
