@@ -143,3 +143,104 @@ def dotted(x, y, pixel, period=0.56, radius=0.17):
 def coverage(sd, pixel):
     """Share of a pixel inside the edge: 1/2 - sd / pixel, cut to [0, 1]. Works in place on sd."""
     return sd.div_(pixel).neg_().add_(0.5).clamp_(0, 1)
+
+
+def backdrop(scene, size):
+    """Share of the background's second tone.   -> (B, H, W) in [0, 1]; a pattern costs only where it is used"""
+    pattern, key = scene["pattern"], scene["key"]
+    weight = torch.zeros(len(key), size, size, device=key.device)
+    ramp = pixels(size, key.device)                                        # (W,)
+    for name in PATTERNS[1:]:
+        rows = (pattern == PATTERNS.index(name)).nonzero()[:, 0]
+        if name == "gradient":
+            weight[rows] = (ramp / 2 + 0.5)[None, :, None]
+        elif name == "checker":                                            # eight fields a side: edges fall on pixels
+            field = (ramp * 4).floor().long()
+            weight[rows] = ((field[:, None] + field) % 2).float()
+        elif len(rows):                                                    # random numbers on a lattice, smoothed
+            lattice = uniform(key[rows], 81).view(-1, 1, 9, 9)
+            blobs = F.interpolate(lattice, (size, size), mode="bicubic", align_corners=True)[:, 0]
+            weight[rows] = (blobs * 2.4 - 0.7).clamp_(0, 1)
+    return weight
+
+
+def pixels(size, device):
+    """Centres of a row of pixels in [-1, 1]."""
+    return (torch.arange(size, device=device) + 0.5) * (2 / size) - 1
+
+
+def inks(colour, tone):
+    """The three inks of an object: its colour, the texture's second tone, the rim.   -> 3 x (N, 3, 1, 1)
+
+    Pale colours get a darker second tone and dark ones a paler one, of the same hue: the name stays right.
+    """
+    base = ink(COLOURS).to(tone.device)[colour] + tone[:, None]
+    pale = base @ base.new_tensor([0.3, 0.59, 0.11]) > 0.12
+    second = torch.where(pale[:, None], base * 0.68 - 0.32, base * 0.36 + 0.64)
+    return [x.clamp(-1, 1)[:, :, None, None] for x in (base, second, base * 0.4 - 0.6)]
+
+
+def objects(scene, size):
+    """Everything about the objects of a scene that are present, ordered by shape.
+
+    -> owner, slot (N,); cover, shadow (N, H, W); paint (N, 3, H, W)
+    """
+    owner, slot = scene["present"].nonzero(as_tuple=True)
+    order = scene["shape"][owner, slot].argsort(stable=True)               # every distance is computed for its own
+    owner, slot = owner[order], slot[order]                                # shape only, on contiguous slices
+    shape, colour, texture, radius, angle, tone = (
+        scene[k][owner, slot] for k in ("shape", "colour", "texture", "radius", "angle", "tone"))
+    grid, centre = pixels(size, owner.device), scene["centre"][owner, slot]
+    right, down = ((grid - centre[:, i, None]) / radius[:, None] for i in (0, 1))          # (N, W), (N, H)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    x = (right * cos)[:, None, :] + (down * sin)[:, :, None]               # (N, H, W) the object's own axes, in radii
+    y = (down * cos)[:, :, None] - (right * sin)[:, None, :]
+    counts = torch.bincount(shape, minlength=len(SHAPES)).tolist()
+    sd = torch.cat([f(*part) for f, *part in zip(DISTANCE, x.split(counts), y.split(counts), strict=True)])
+    radius = radius[:, None, None]
+    pixel = 2 / size / radius                                              # one pixel in radii
+    light = (right[:, None, :] + down[:, :, None]).clamp_(-1.4, 1.4)       # the light comes from the upper left
+    shadow = (1 - sd * (radius / SHADOW)).clamp_(0, 1).square_().mul_((light * 0.22 + 0.7).mul_(DARKNESS))
+    second = light.mul_(-0.06).clamp_(min=0)                               # a faint sheen
+    for t, f in ((1, striped), (2, dotted)):
+        rows = (texture == t).nonzero()[:, 0]
+        second[rows] = f(x[rows], y[rows], pixel[rows])
+    rim = 1 - coverage(sd + OUTLINE / radius, pixel)
+    base, tint, dark = inks(colour, tone)
+    paint = torch.lerp(torch.lerp(base, tint, second[:, None]), dark, rim[:, None])
+    return owner, slot, coverage(sd, pixel), shadow, paint
+
+
+def render(scene, size=64):
+    """Paint scenes.   -> pictures (B, 3, size, size) in [-1, 1], masks (B, O, size, size) in [0, 1]
+
+    A mask is the share of each pixel that shows the object: exact, and zero for objects that are absent.
+    raises ValueError for a size below 8, where no shape can be told
+    """
+    if size < 8:
+        raise ValueError(f"pictures of {size} x {size} pixels cannot show a shape; ask for a size of at least 8")
+    total, slots = scene["present"].shape
+    pictures = torch.empty(total, 3, size, size, device=scene["key"].device)
+    masks = torch.zeros(total, slots, size, size, device=scene["key"].device)
+    for start in range(0, total, CHUNK):
+        part = {name: value[start : start + CHUNK] for name, value in scene.items()}
+        _paint(part, size, pictures[start : start + CHUNK], masks[start : start + CHUNK])
+    return pictures, masks
+
+
+def _paint(scene, size, picture, mask):
+    """Background, then the objects in the order of their slots, each over its own soft shadow; fills its arguments."""
+    first = ink(BACKGROUNDS).to(picture.device)[scene["background"]] + scene["light"][:, None]
+    lit = (first.mean(1, keepdim=True) < 0).float()                        # dark grounds get a lighter second tone
+    second = first * 0.84 + 0.3 * lit - 0.15
+    torch.lerp(*(x.clamp(-1, 1)[:, :, None, None] for x in (first, second)), backdrop(scene, size)[:, None], out=picture)
+    owner, slot, cover, shadow, paint = objects(scene, size)
+    for s in range(mask.shape[1]):
+        rows = (slot == s).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        whose, over = owner[rows], cover[rows]
+        mask[whose, :s] *= 1 - over[:, None]                               # what lies below is hidden
+        mask[whose, s] = over
+        under = (picture[whose] + 1).mul_(1 - shadow[rows][:, None]).sub_(1)
+        picture[whose] = under.lerp_(paint[rows], over[:, None])

@@ -121,12 +121,16 @@ def _start(x, a, stride_a, b, stride_b, h, stride_h, UNIT: tl.constexpr):
 
 @jit
 def _keep(key, length, mask, b, stride_b, stride_q, token, valid):
-    """Which keys which queries see, (BLOCK_Q, BLOCK_K). An absent mask is None when the kernel is compiled."""
-    keep = (key < length)[None, :] & valid[:, None]
-    if mask is not None:
-        at = b.to(tl.int64) * stride_b + token.to(tl.int64)[:, None] * stride_q + key[None, :]
-        keep = keep & (tl.load(mask + at, mask=keep, other=0) != 0)
-    return keep
+    """Which keys which queries see, (BLOCK_Q, BLOCK_K). What is absent is None when the kernel is compiled."""
+    seen = key < length
+    if mask is None:
+        return seen[None, :] & valid[:, None]
+    mask += b.to(tl.int64) * stride_b
+    if stride_q is None:                                              # one row of the mask for all queries
+        seen = seen & (tl.load(mask + key, mask=seen, other=0) != 0)
+        return seen[None, :] & valid[:, None]
+    keep = seen[None, :] & valid[:, None]
+    return keep & (tl.load(mask + token[:, None] * stride_q + key[None, :], mask=keep, other=0) != 0)
 
 
 @jit
@@ -162,9 +166,11 @@ def _forward_kernel(q, k, v, lengths, mask, out, lse, Q, K, H, qb, qt, qh, kb, k
     values = _rows(_start(v, b, kb, zero, 0, h, kh, UNIT), key, key < length, kt, UNIT, D, BLOCK_D)
     keep = _keep(key, length, mask, b, mb, mq, token, valid)
     o, top, total = _attend(query, keys, values, keep, SCALE, PRECISION, UPCAST)
-    d, at = tl.arange(0, BLOCK_D), (b.to(tl.int64) * Q + token) * H + h                 # out (B, Q, H, D), contiguous
+    d, at = tl.arange(0, BLOCK_D), token * H + h                     # out (B, Q, H, D), contiguous
+    out += b.to(tl.int64) * (Q * H * D)
     tl.store(out + at[:, None] * D + d[None, :], o.to(out.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
     if lse is not None:
+        lse += b.to(tl.int64) * (Q * H)
         natural = (top + tl.log2(tl.where(total > 0, total, 1.0))) * 0.6931471805599453
         tl.store(lse + at, tl.where(total > 0, natural, float("-inf")), mask=valid)
 
@@ -192,7 +198,8 @@ def _frame_story_kernel(q, q_story, kf, vf, ks, vs, lengths, gate, out, n, K, K2
     values = _rows(_start(vs, b, sb, zero, 0, h, sh, UNIT), key, key < K2, st, UNIT, D, BLOCK_D)
     story, _, _ = _attend(query, keys, values, (key < K2)[None, :] & valid[:, None], SCALE, PRECISION, UPCAST)
     o = frame + tl.load(gate) * story
-    d, at = tl.arange(0, BLOCK_D), (b.to(tl.int64) * (n * frames) + token) * H + h
+    d, at = tl.arange(0, BLOCK_D), token * H + h
+    out += b.to(tl.int64) * (n * frames * H * D)
     tl.store(out + at[:, None] * D + d[None, :], o.to(out.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
 
 
@@ -212,13 +219,15 @@ def _backward_kernel(q, k, v, lengths, mask, gate, dout, dq, dk, dv, dgate,
     sum_k = tl.zeros((BLOCK_K, BLOCK_D), dtype=dk.dtype.element_ty)
     sum_v = tl.zeros((BLOCK_K, BLOCK_D), dtype=dk.dtype.element_ty)
     sum_gate = tl.zeros((BLOCK_Q,), dtype=dk.dtype.element_ty)
+    dout += b.to(tl.int64) * (n * frames * H * D)
+    dq += b.to(tl.int64) * (n * frames * H * D)
     factor = 1.0
     if gate is not None:
         factor = tl.load(gate)
     for i in range(span):                                            # this program's tiles of queries, in order
         token, valid = _place(tl.program_id(1) * span + i, f, n, cell_w, board_w, cols, BLOCK_Q, BOARD)
         query = _rows(_start(q, b, qb, zero, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
-        at = ((b.to(tl.int64) * (n * frames) + token) * H + h)[:, None] * D + d[None, :]
+        at = (token * H + h)[:, None] * D + d[None, :]
         inside = valid[:, None] & (d < D)[None, :]
         grad = tl.load(dout + at, mask=inside, other=0.0)
         keep = _keep(key, length, mask, b, mb, mq, token, valid)
@@ -235,7 +244,7 @@ def _backward_kernel(q, k, v, lengths, mask, gate, dout, dq, dk, dv, dgate,
             step += tl.load(dq + at, mask=inside, other=0.0)
         tl.store(dq + at, step.to(dq.dtype.element_ty), mask=inside)
     part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)        # (S, B, F, H, K, D)
-    at = (part * K + key)[:, None] * D + d[None, :]
+    at = part * (K * D) + key[:, None] * D + d[None, :]
     inside = (key < K)[:, None] & (d < D)[None, :]
     tl.store(dk + at, sum_k * (factor * SCALE), mask=inside)
     tl.store(dv + at, sum_v * factor, mask=inside)
@@ -260,5 +269,5 @@ def _map_kernel(q, k, lengths, mask, out, Q, K, H, qb, qt, qh, kb, kt, kh, mb, m
         keys = _rows(_start(k, b, kb, zero, 0, h, kh, UNIT), key, key < length, kt, UNIT, D, BLOCK_D)
         p, _, total = _softmax(query, keys, keep, SCALE, PRECISION, UPCAST)
         mean += p / tl.where(total > 0, total, 1.0)[:, None]
-    at = (b.to(tl.int64) * Q + token)[:, None] * K + key[None, :]
+    at = b.to(tl.int64) * (Q * K) + token[:, None] * K + key[None, :]
     tl.store(out + at, mean / H, mask=valid[:, None] & (key < K)[None, :])

@@ -9,7 +9,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import clip
-from data.clip import CLIP, Block, ImageTower, TextTower, from_official, galip_compat, load, official_names, standard
+from data.clip import (
+    CLIP,
+    Block,
+    ImageTower,
+    TextTower,
+    from_official,
+    galip_compat,
+    load,
+    official_names,
+    standard,
+)
 from data.weights import write_safetensors
 
 
@@ -182,7 +192,7 @@ def test_a_prompt_acts_at_its_own_layer_only_and_is_dropped_after_it():
     base = model.map_tokens(feature, prompts, (0, 2))
     for k in range(2):
         changed = prompts.clone()
-        changed[:, k] += 1
+        changed[:, k] = torch.randn(2, 32)                                                 # a constant would not pass LayerNorm
         assert not torch.allclose(model.map_tokens(feature, changed, (0, 2)), base, atol=1e-3)
     swapped = model.map_tokens(feature, prompts.flip(1), (2, 0))                          # the k-th belongs to the k-th layer
     assert torch.allclose(swapped, base, atol=1e-6)
@@ -236,7 +246,7 @@ def test_standard_agrees_with_pillow():
     from PIL import Image
 
     torch.manual_seed(0)
-    small = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8)
+    small = torch.randint(64, 192, (3, 12, 12), dtype=torch.uint8)
     big = Image.fromarray(small.permute(1, 2, 0).numpy()).resize((50, 50), Image.Resampling.BICUBIC)
     bytes_ = torch.frombuffer(bytearray(big.tobytes()), dtype=torch.uint8).reshape(50, 50, 3).permute(2, 0, 1)
     theirs = Image.fromarray(bytes_.permute(1, 2, 0).numpy()).resize((20, 20), Image.Resampling.BICUBIC)
