@@ -7,9 +7,6 @@
 Everything is checked here, once, at the door: after `load` ids are in range, pairs are unique, features are finite.
 """
 import hashlib
-import json
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +16,7 @@ import numpy as np
 import torch
 
 from data.batches import batch_rows, generator
-from data.pickles import sparse_pairs
+from data.safe import load_pickle, read_arrays, read_json
 from data.shop import shop, split_rule
 
 SPLITS = ("train", "valid", "test")
@@ -160,7 +157,7 @@ def read(path, seed):
     """-> {split: (E, 2) pairs}, users, items; the counts are None where the layout does not state them."""
     folder = path.parent
     if path.suffix == ".npz":
-        pack = read_array(path)
+        pack = read_arrays(path)
         missing = [k for k in ("train", "test") if k not in pack] + ["valid"] * (not {"val", "valid"} & set(pack))
         if missing:
             raise ValueError(f"{path} has no array {missing[0]!r}; it has {', '.join(sorted(pack))}")
@@ -209,24 +206,28 @@ def table_pairs(path, seed):
 
 def json_pairs(path):
     """{"user": [item, ...], ...} -> (E, 2)"""
+    table = read_json(path, dict, "the MMSSL layout is train.json, val.json and test.json")
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        return np.array([(int(u), int(i)) for u, row in table.items() for i in row], dtype=np.int64).reshape(-1, 2)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing: the MMSSL layout is train.json, val.json and test.json") from error
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f'{path} is not {{"user": [item, ...]}} in whole numbers ({error}); it may be cut') from error
+        pairs = [(int(u), i) for u, row in table.items() for i in row]
+        if not all(type(i) is int for _, i in pairs):
+            raise ValueError(f"item {next(i for _, i in pairs if type(i) is not int)!r} is not a whole number")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f'{path} must hold {{"user": [item, ...], ...}} in whole numbers: {error}') from error
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
-def read_array(path):
-    """An .npy array, or an .npz as a dict of arrays; never a pickle."""
+def sparse_pairs(path):
+    """A pickled scipy coo or csr matrix -> the (E, 2) places of its non-zero entries, and its shape."""
+    m = load_pickle(path, hint="the DiffMM layout is trnMat.pkl, valMat.pkl and tstMat.pkl")
+    if not isinstance(m, dict) or m.get("format") not in ("coo", "csr"):
+        raise ValueError(f"{path} holds {type(m).__name__}, expected one scipy.sparse coo or csr matrix")
     try:
-        x = np.load(path, allow_pickle=False)
-        return x if isinstance(x, np.ndarray) else dict(x)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing") from error
-    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged, cut or not a plain numpy file ({str(error)[:100]})") from error
+        row = m["row"] if m["format"] == "coo" else np.repeat(np.arange(len(m["indptr"]) - 1), np.diff(m["indptr"]))
+        col = m["col"] if m["format"] == "coo" else m["indices"]
+        users, items = m["shape"]
+        return np.stack([row, col], 1)[m["data"] != 0], (int(users), int(items))
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: the arrays of the sparse matrix do not fit together ({error})") from error
 
 
 def read_features(path, items, modalities, repair, repaired):
@@ -234,7 +235,7 @@ def read_features(path, items, modalities, repair, repaired):
     there = {file.name.removesuffix("_feat.npy"): file for file in sorted(path.parent.glob("*_feat.npy"))}
     features = {}
     for name in chosen(there, modalities, path.parent):
-        file, x = there[name], read_array(there[name])
+        file, x = there[name], read_arrays(there[name])
         if x.ndim != 2 or x.dtype.kind not in "fiu" or len(x) != items:
             raise ValueError(f"{file} is {x.dtype} {x.shape}; it must hold numbers ({items}, d), one row per item of {path.name}")
         x = x.astype(np.float32)                    # TikTok ships float16, whose sums overflow

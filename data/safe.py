@@ -1,4 +1,4 @@
-"""Files of other people, read without trusting them: text, JSON lines, arrays, pictures, pickles, archives.
+"""Files of other people, read without trusting them: text, JSON lines, arrays, pictures, pickles.
 
 Each reader either returns what was asked for or raises one sentence that names the file and what to do. A pickle is a
 program: it may only call the stand-ins of this file, which rebuild plain numbers and arrays from bytes, so neither
@@ -11,12 +11,11 @@ import json
 import os
 import pickle
 import re
-import shutil
 import struct
 import tarfile
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -220,8 +219,8 @@ def latin1(text, codec="latin1"):                          # how protocol 2 writ
 ALLOWED = {("numpy", "dtype"): Dtype, ("numpy", "ndarray"): Array, ("_codecs", "encode"): latin1,
            ("copyreg", "_reconstructor"): lambda kind, *_: kind(), ("builtins", "object"): object,
            ("collections", "OrderedDict"): dict, ("collections", "defaultdict"): lambda *_: {},
-           **{("builtins", t.__name__): t for t in (list, dict, set, frozenset, tuple, int, float, complex, str)},
-           **{("builtins", old): new for old, new in (("bytearray", bytes), ("long", int), ("unicode", str))},
+           **{("builtins", t.__name__): t for t in (list, dict, set, frozenset, int, float, complex)},
+           ("builtins", "bytes"): lambda: b"",          # how protocols 0 to 2 write the empty one
            **{(f"scipy.sparse{module}", f"{form}_{kind}"): stand_in
               for form, stand_in in (("coo", Coo), ("csr", Csr), ("csc", Csc))
               for module in ("", f".{form}", f"._{form}") for kind in ("matrix", "array")},
@@ -234,6 +233,7 @@ class Reader(pickle.Unpickler):
     """Calls only what ALLOWED names."""
 
     def find_class(self, module, name):
+        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)      # Python 2 names
         if (module, name) not in ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name}")
         return ALLOWED[module, name]
@@ -304,66 +304,3 @@ def load_object_array(path, hint=""):
             return read_arrays(path)
         found = load_pickle(file.read(), hint=str(path))
     return found.item() if isinstance(found, np.ndarray) and found.ndim == 0 else found
-
-
-# -- archives -------------------------------------------------------------------------------------------------------
-
-
-def members(archive):
-    """(name, size, is folder, open function) of every member of an open zip or tar; links and devices are refused."""
-    if isinstance(archive, zipfile.ZipFile):
-        for info in archive.infolist():
-            if (info.external_attr >> 16) & 0o170000 == 0o120000:
-                raise ValueError(f"member {info.filename!r} is a link")
-            yield info.filename, info.file_size, info.is_dir(), lambda info=info: archive.open(info)
-    else:
-        for info in archive:
-            if not (info.isfile() or info.isdir()):
-                raise ValueError(f"member {info.name!r} is a link or a device")
-            yield info.name, info.size, info.isdir(), lambda info=info: archive.extractfile(info)
-
-
-def inside(name):
-    """A member's name as a relative path; raises ValueError if it could leave the folder."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name) or "\0" in name or not path.parts:
-        raise ValueError(f"member {name!r} would be written outside the folder")
-    return Path(*path.parts)
-
-
-def unpack(archive, folder, limit=64 * 2**30):
-    """Extract a .zip, .tar, .tar.gz or .tgz into `folder`: all of it or nothing.   -> number of files
-
-    Everything is written into a folder aside and its top-level entries are moved at the end. Refused: `../`, absolute
-    names, links, devices, more than `limit` bytes (really written, whatever the headers claim), an entry that exists.
-    """
-    archive, folder = Path(archive), Path(folder)
-    aside, left, count = folder / f".{archive.name}.part", limit, 0
-    if not archive.is_file():
-        raise missing(archive)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive) as opened:
-            for name, _, is_folder, open_member in members(opened):
-                target = aside / inside(name)
-                (target if is_folder else target.parent).mkdir(parents=True, exist_ok=True)
-                if is_folder:
-                    continue
-                with open_member() as source, open(target, "xb") as out:
-                    while block := source.read(2**20):
-                        left -= len(block)
-                        if left < 0:
-                            raise ValueError(f"it holds more than {limit:,} bytes")
-                        out.write(block)
-                count += 1
-        entries = sorted(aside.iterdir())
-        if taken := [e.name for e in entries if (folder / e.name).exists()]:
-            raise FileExistsError(f"{folder / taken[0]} exists already; move it away first")
-        for entry in entries:
-            os.replace(entry, folder / entry.name)
-    except DAMAGED as error:
-        raise ValueError(f"{archive} was not unpacked: {reason(error)}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return count

@@ -35,23 +35,6 @@ class _MeanHops(torch.autograd.Function):
         return None, mix_hops(ctx.graph.T, full, ctx.weights), None, None
 
 
-class _Rows(torch.autograd.Function):
-    """Rows of A x. Backward: A^T of the scattered gradient."""
-
-    @staticmethod
-    def forward(ctx, graph, x, rows):
-        ctx.graph = graph
-        ctx.save_for_backward(rows)
-        return propagate(graph.rows(rows), x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        (rows,) = ctx.saved_tensors
-        full = dy.new_zeros(ctx.graph.shape[0], dy.shape[1]).index_copy_(0, rows, dy)
-        return None, propagate(ctx.graph.T, full), None
-
-
 class _Fuse(torch.autograd.Function):
     """The fuser, Eq. 11-15, in closed form.   C (n, D), E (n, M, D) -> M (n, D)
 
@@ -112,19 +95,19 @@ class _InfoNCE(torch.autograd.Function):
 
 
 def stacked_graphs(model):
-    """The graphs as the fast path walks them, built once: S over interleaved modalities, and users on top of items."""
+    """The graphs as the fast path walks them, built once.   -> [R_hat; identity] (N, I), S of all modalities (I M, I M)"""
     if not hasattr(model, "stacked"):
-        M, R, device = len(model.modalities), model.ui.R, model.ui.col.device
-        content = Graph.from_edges(
-            torch.cat([R.row_of, torch.arange(model.items, device=device) + model.users]),
-            torch.cat([R.col.long(), torch.arange(model.items, device=device)]), (model.users + model.items, model.items),
-            torch.cat([R.weight, torch.ones(model.items, device=device)]))      # [R_hat; identity], Eq. 10
-        sides = list(model.ii.values())
-        looks = Graph.from_edges(                             # row i M + m of (I, M, D) is item i, modality m
-            torch.cat([s.row_of * M + m for m, s in enumerate(sides)]),
-            torch.cat([s.col.long() * M + m for m, s in enumerate(sides)]), (model.items * M, model.items * M),
-            torch.cat([s.weight for s in sides])) if sides else None
-        model.stacked = content, looks
+        (user, item), users, items, M = model.train_edges.T, model.users, model.items, len(model.modalities)
+        own, degree = torch.arange(items, device=user.device), torch.bincount(user, minlength=users).double()
+        weight = (degree[user] * torch.bincount(item, minlength=items)[item]).rsqrt().float()
+        content = Graph.from_edges(torch.cat([user, own + users]), torch.cat([item, own]), (users + items, items),
+                                   torch.cat([weight, torch.ones(items, device=user.device)]))
+        views = list(model.look_alikes.values())              # row i M + m of (I, M, D) is item i, modality m
+        row = [(own * M + m)[:, None].expand_as(near).flatten() for m, (near, _) in enumerate(views)]
+        col = [(near * M + m).flatten() for m, (near, _) in enumerate(views)]
+        looks = [Graph.from_edges(torch.cat(row), torch.cat(col), (items * M, items * M),
+                                  torch.cat([w.flatten() for _, w in views]))] if views else [None]
+        model.stacked = content, *looks
     return model.stacked
 
 
@@ -148,7 +131,7 @@ def views(model, rows):
     x = torch.stack([purify(model, m) for m in model.modalities], 1)            # (I, M, D)
     for _ in range(cfg.item_layers if cfg.item_view else 0):
         x = propagate(looks, x.view(-1, cfg.dim))
-    x = _Rows.apply(content, x.view(model.items, -1), rows).view(len(rows), M, cfg.dim)
+    x = propagate(content.rows(rows), x.view(model.items, -1)).view(len(rows), M, cfg.dim)
     if cfg.fuser != "baf" or M == 1:                          # the rivals of the fuser are cheap: the naive page's lines
         return behaviour, model.fuse(behaviour, x.unbind(1))
     first, _, last = model.query

@@ -1,0 +1,69 @@
+"""Archives of other people: unpacked whole or not at all, and never outside their folder."""
+import os
+import re
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from data.safe import DAMAGED, missing, reason
+
+
+def members(archive):
+    """(name, size, is folder, open function) of every member of an open zip or tar; links and devices are refused."""
+    if isinstance(archive, zipfile.ZipFile):
+        for info in archive.infolist():
+            if (info.external_attr >> 16) & 0o170000 == 0o120000:
+                raise ValueError(f"member {info.filename!r} is a link")
+            yield info.filename, info.file_size, info.is_dir(), lambda info=info: archive.open(info)
+    else:
+        for info in archive:
+            if not (info.isfile() or info.isdir()):
+                raise ValueError(f"member {info.name!r} is a link or a device")
+            yield info.name, info.size, info.isdir(), lambda info=info: archive.extractfile(info)
+
+
+def inside(name):
+    """A member's name as a relative path; raises ValueError if it could leave the folder."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name) or "\0" in name or not path.parts:
+        raise ValueError(f"member {name!r} would be written outside the folder")
+    return Path(*path.parts)
+
+
+def unpack(archive, folder, limit=64 * 2**30):
+    """Extract a .zip, .tar, .tar.gz or .tgz into `folder`: all of it or nothing.   -> number of files
+
+    Everything is written into a folder aside and its top-level entries are moved at the end. Refused: `../`, absolute
+    names, links, devices, more than `limit` bytes (really written, whatever the headers claim), an entry that exists.
+    """
+    archive, folder = Path(archive), Path(folder)
+    aside, left, count = folder / f".{archive.name}.part", limit, 0
+    if not archive.is_file():
+        raise missing(archive)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive) as opened:
+            for name, _, is_folder, open_member in members(opened):
+                target = aside / inside(name)
+                (target if is_folder else target.parent).mkdir(parents=True, exist_ok=True)
+                if is_folder:
+                    continue
+                with open_member() as source, open(target, "xb") as out:
+                    while block := source.read(2**20):
+                        left -= len(block)
+                        if left < 0:
+                            raise ValueError(f"it holds more than {limit:,} bytes")
+                        out.write(block)
+                count += 1
+        entries = sorted(aside.iterdir())
+        if taken := [e.name for e in entries if (folder / e.name).exists()]:
+            raise FileExistsError(f"{folder / taken[0]} exists already; move it away first")
+        for entry in entries:
+            os.replace(entry, folder / entry.name)
+    except DAMAGED as error:
+        raise ValueError(f"{archive} was not unpacked: {reason(error)}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return count

@@ -1,0 +1,260 @@
+"""The built-in world: scenes of one to three shapes and true sentences about them, all from (seed, split, index).
+
+    scene = scenes(range(64), seed=0, split="train")          # dict of tensors, one row a picture
+    pictures, masks = render(scene, size=64)                  # (64, 3, 64, 64) in [-1, 1], (64, 3, 64, 64)
+    sentences = captions(scene, k=0)                          # 64 strings; k = 0 tells everything, 1..9 leave things out
+
+Nothing is stored and nothing depends on the batch: row i is the same whether it is asked for alone or among thousands.
+
+    python -m data.world --sheet out.png          a contact sheet with captions
+    python -m data.world --bench                  pictures a second on this machine
+"""
+import argparse
+import time
+
+import torch
+
+from data.batches import generator, seed_from
+from data.draw import BACKGROUNDS, COLOURS, PATTERNS, REACH, SHAPES, TEXTURES, hashed, render, uniform
+
+COLOUR, BACKGROUND = tuple(COLOURS), tuple(BACKGROUNDS)          # names in the order of their ids
+SIZES = ("small", "large")
+SPLITS = ("train", "valid", "test", "unseen")                    # "unseen": combinations that no other split contains
+ROWS = 2**20                                                     # scenes in each split
+VALUES = {"shape": SHAPES, "colour": COLOUR, "texture": TEXTURES, "size": SIZES,
+          "background": BACKGROUND, "pattern": PATTERNS}
+
+RADIUS = (0.36, 0.58)                        # small and large, times CROWD[number of objects - 1]: "large" is relative
+CROWD = (1.0, 0.74, 0.62)                    # to how many share the picture; the two ranges never meet
+SPREAD, GAP, TRIES = 0.06, 0.07, 24          # radii vary by 6 %; least distance of two objects; layouts tried
+
+
+# -- scenes -------------------------------------------------------------------------------------------------------------
+
+
+def held_out():
+    """Which combinations are kept for the split "unseen".   -> (8, 8, 3) bool, True for 24 of 192
+
+    One random permutation a texture: every shape and every colour is held out three times, every texture eight times,
+    so nothing about one attribute can be learnt from another.
+    """
+    kept = torch.zeros(len(SHAPES), len(COLOUR), len(TEXTURES), dtype=torch.bool)
+    for t in range(len(TEXTURES)):
+        kept[torch.arange(len(SHAPES)), torch.randperm(len(COLOUR), generator=generator(1701, t)), t] = True
+    return kept
+
+
+HELD_OUT = held_out()
+
+
+def keys(index, seed, split, view=0):
+    """One 63-bit key a row: every random choice of the row is drawn from it.   -> (B,) int64"""
+    index = torch.as_tensor(index if torch.is_tensor(index) else list(index), dtype=torch.long)
+    if split not in SPLITS:
+        raise ValueError(f"there is no split {split!r}; the built-in world has {', '.join(SPLITS)}")
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < ROWS:
+        raise ValueError(f"rows of the built-in world run from 0 to {ROWS - 1}; asked for {int(index.min())} "
+                         f"to {int(index.max())}")
+    return hashed(index + seed_from(seed, SPLITS.index(split), view), 1)[:, 0]
+
+
+def choose(u, allowed):
+    """An id among the allowed ones, all equally likely.   u (...) in [0, 1), allowed (..., N) bool -> (...) int64"""
+    rank = (u * allowed.sum(-1)).long()                                    # how many allowed ids to pass over
+    return (allowed.cumsum(-1) > rank[..., None]).int().argmax(-1)
+
+
+def scenes(index, seed=0, split="train", objects=(1, 3)):
+    """Draw scenes.   index: rows of the split; objects: least and most in a picture -> dict of tensors
+
+    present (B, O) bool; shape, colour, texture, size (B, O) int64; centre (B, O, 2), radius, angle, tone (B, O) float32;
+    background, pattern, key (B,) int64; light (B,) float32. Objects keep apart and inside the picture.
+    """
+    key = keys(index, seed, split)
+    slots = objects[1]
+    u = uniform(key, 4 + 6 * slots)
+    count = objects[0] + (u[:, 0] * (slots - objects[0] + 1)).long()
+    of = u[:, 4:].view(-1, 6, slots)                                       # (B, 6, O)
+    combination = choose(of[:, 0], (HELD_OUT if split == "unseen" else ~HELD_OUT).flatten())
+    size = (of[:, 1] * 2).long()
+    scene = {"present": torch.arange(slots) < count[:, None],
+             "shape": combination // 24, "colour": combination // 3 % 8, "texture": combination % 3, "size": size,
+             "radius": radii(size, count, of[:, 2]), "angle": (of[:, 3] - 0.5) * 0.5,      # tilts of at most 14 degrees
+             "tone": (of[:, 4] - 0.5) * 0.07, "background": (u[:, 1] * 6).long(), "pattern": (u[:, 2] * 4).long(),
+             "light": (u[:, 3] - 0.5) * 0.06, "key": key}
+    scene["centre"] = place(key, scene["radius"], scene["present"])
+    return scene
+
+
+def radii(size, count, u):
+    """size (B, O) and count (B,) of objects to radii, with a little jitter u in [0, 1)."""
+    return torch.tensor(RADIUS)[size] * torch.tensor(CROWD)[count - 1, None] * (1 + SPREAD * (2 * u - 1))
+
+
+def place(key, radius, present):
+    """Centres that keep objects apart: the first of TRIES random layouts that does, or the roomiest.   -> (B, O, 2)"""
+    slots = radius.shape[1]
+    u = uniform(key ^ 0x5CA1AB1E, TRIES * slots * 2).view(-1, TRIES, slots, 2)
+    centre = (2 * u - 1) * (0.96 - REACH * radius)[:, None, :, None]       # (B, TRIES, O, 2)
+    room = torch.full(centre.shape[:2], 9.0)
+    for i in range(slots):
+        for j in range(i):
+            apart = (centre[:, :, i] - centre[:, :, j]).norm(dim=-1) - (radius[:, i] + radius[:, j])[:, None]
+            room = torch.where((present[:, i] & present[:, j])[:, None], torch.minimum(room, apart), room)
+    best = room.clamp(max=GAP).argmax(1)                                   # argmax takes the first of equals
+    return centre[torch.arange(len(key)), best]
+
+
+def pick(scene, rows):
+    """Some rows of a scene, or of any dict of tensors that share their first dimension."""
+    return {name: value[rows] for name, value in scene.items()}
+
+
+def to(scene, device):
+    """The same scene on another device."""
+    return {name: value.to(device) for name, value in scene.items()}
+
+
+def facts(scene):
+    """A scene in words.   -> B dicts: background, pattern, objects = [{shape, colour, texture, size, x, y}, ...]"""
+    lists = {name: scene[name].tolist() for name in scene if name not in ("radius", "angle", "tone", "light", "key")}
+    return [{"background": BACKGROUND[lists["background"][b]], "pattern": PATTERNS[lists["pattern"][b]],
+             "objects": [{"shape": SHAPES[lists["shape"][b][o]], "colour": COLOUR[lists["colour"][b][o]],
+                          "texture": TEXTURES[lists["texture"][b][o]], "size": SIZES[lists["size"][b][o]],
+                          "x": lists["centre"][b][o][0], "y": lists["centre"][b][o][1]}
+                         for o, here in enumerate(present) if here]}
+            for b, present in enumerate(lists["present"])]
+
+
+# -- sentences ----------------------------------------------------------------------------------------------------------
+
+SYNONYMS = {"small": ("small", "little", "tiny"), "large": ("large", "big"), "dotted": ("dotted", "spotted"),
+            "circle": ("circle", "disc"), "square": ("square", "box"), "cross": ("cross", "plus"),
+            "moon": ("moon", "crescent"), "grey": ("grey", "gray"), "gradient": ("shaded", "fading"),
+            "checker": ("checkered", "checked"), "noise": ("cloudy", "noisy")}
+PLURALS = {"shape": "shapes", "cross": "crosses", **{s: s + "s" for s in SHAPES if s != "cross"}}
+NUMBERS = ("no", "one", "two", "three")
+FAR = 0.2                             # "on the left", "above": only for at least a tenth of the picture's width
+
+
+def one(chance, options):
+    """One of the options; `chance` is an endless iterator over random integers."""
+    return options[next(chance) % len(options)]
+
+
+def chances(key, k):
+    """B streams of random integers for sentence k of each row; 40 each, more than any sentence takes."""
+    return [iter(row) for row in hashed(key ^ seed_from(2, k), 40).tolist()]
+
+
+def alias(chance, word):
+    return one(chance, SYNONYMS.get(word, (word,)))
+
+
+def article(phrase):
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+def noun(chance, thing, told):
+    """"small striped red star", with the told attributes only; without its shape it is a "shape"."""
+    textured = "texture" in told and thing["texture"] != "plain"
+    after = textured and one(chance, (True, False, False))                 # "star with stripes"
+    words = [alias(chance, thing["size"])] if "size" in told else []
+    words += [alias(chance, thing["texture"])] if textured and not after else []
+    words += [thing["colour"]] if "colour" in told else []
+    words += [alias(chance, thing["shape"]) if "shape" in told else "shape"]
+    words += [{"striped": "with stripes", "dotted": "with dots"}[thing["texture"]]] if after else []
+    return " ".join(words)
+
+
+def some(chance, names, least=1):
+    """A random subset of attribute names with at least `least` of them."""
+    names = list(names)
+    return {names.pop(next(chance) % len(names)) for _ in range(least + next(chance) % (len(names) - least + 1))}
+
+
+def ground(chance, fact, tell_pattern):
+    """"on a shaded blue background"."""
+    pattern = "" if not tell_pattern else "plain " if fact["pattern"] == "plain" else alias(chance, fact["pattern"]) + " "
+    return f"{one(chance, ('on', 'on', 'against'))} {article(pattern + alias(chance, fact['background']))} background"
+
+
+def listing(phrases):
+    """"a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
+
+
+def whole(chance, fact, full=False):
+    """Every object and the background; full: with every attribute."""
+    told = [set(VALUES) if full else some(chance, ("shape", "colour", "texture", "size"), 2) for _ in fact["objects"]]
+    things = listing([article(noun(chance, o, t)) for o, t in zip(fact["objects"], told, strict=True)])
+    start = one(chance, ("", "", "a picture of ", "there is "))
+    return f"{start}{things} {ground(chance, fact, full or next(chance) % 2)}"
+
+
+def part(chance, fact):
+    """One of the objects, under-specified, perhaps with where it is or what it is on."""
+    thing = one(chance, fact["objects"])
+    words = one(chance, ("", "there is ", "a picture with ")) + article(noun(chance, thing, some(chance, VALUES)))
+    x, y = thing["x"], thing["y"]
+    places = [name for name, true in (("on the left", x < -FAR), ("on the right", x > FAR), ("at the top", y < -FAR),
+                                      ("at the bottom", y > FAR), ("in the middle", max(abs(x), abs(y)) < FAR)) if true]
+    return " ".join([words, one(chance, [*places, *places, ground(chance, fact, False)])])
+
+
+def relation(chance, fact):
+    """Two objects and how they lie; a picture of one object says where that is instead."""
+    if len(fact["objects"]) < 2:
+        return part(chance, fact)
+    first = next(chance) % len(fact["objects"])
+    a, b = fact["objects"][first], fact["objects"][first - 1]
+    dx, dy = a["x"] - b["x"], a["y"] - b["y"]
+    words = {"l": ("left of", "to the left of"), "r": ("right of", "to the right of"),
+             "a": ("above", "over"), "b": ("below", "under"), "n": ("next to", "beside")}
+    way = "n" if max(abs(dx), abs(dy)) < FAR else ("r" if dx > 0 else "l") if abs(dx) > abs(dy) else "b" if dy > 0 else "a"
+    a, b = (article(noun(chance, thing, some(chance, ("colour", "shape", "texture")))) for thing in (a, b))
+    return f"{one(chance, ('', 'there is '))}{a} {one(chance, words[way])} {b}"
+
+
+def predicate(chance, fact):
+    """"the star is red", "the red shape is a star", "the background is blue": of something there is only one of."""
+    claims = [f"the background is {alias(chance, fact['background'])}"]
+    claims += [f"the background is {alias(chance, fact['pattern'])}"]
+    for thing in fact["objects"]:
+        alone = {a: sum(o[a] == thing[a] for o in fact["objects"]) == 1 for a in ("shape", "colour")}
+        claims += [is_now(chance, thing, what) for what in ("colour", "texture", "size") if alone["shape"]]
+        claims += [is_now(chance, thing, "shape") for _ in "12" if alone["colour"]]
+    return one(chance, claims)
+
+
+def is_now(chance, thing, what):
+    """The sentence that states one attribute of a thing; also what an edit asks for."""
+    if what == "shape":
+        return f"the {thing['colour']} shape is {article(alias(chance, thing['shape']))}"
+    return f"the {alias(chance, thing['shape'])} is {alias(chance, thing[what])}"
+
+
+def counting(chance, fact):
+    """"two stars", "there is no red shape", "three shapes on a blue background": exactly that many."""
+    shape, colour = one(chance, (*SHAPES, "shape")), one(chance, (*COLOUR, ""))
+    thing = one(chance, fact["objects"])
+    if next(chance) % 4:                                                   # mostly something that is there
+        shape, colour = one(chance, ((thing["shape"], ""), ("shape", thing["colour"]), ("shape", "")))
+    number = sum(o["shape"] in (shape, *SHAPES[: 8 * (shape == "shape")]) and o["colour"] in (colour, *COLOUR[: 8 * (not colour)])
+                 for o in fact["objects"])
+    name = f"{colour} {shape if number == 1 else PLURALS[shape]}".strip()
+    if number == 0:
+        return f"there is no {colour} {shape}".replace("  ", " ")
+    return f"{one(chance, ('', 'there is ' if number == 1 else 'there are '))}{NUMBERS[number]} {name} {ground(chance, fact, False)}"
+
+
+FORMS = (lambda c, f: whole(c, f, full=True), part, whole, relation, predicate, whole, part, counting, relation, whole)
+
+
+def captions(scene, k=0):
+    """Caption k of every scene: true, and a pure function of the scene's key and k.   -> B strings
+
+    k = 0 tells every attribute of every object; 1..9 leave things out, relate, state or count; 10, 11, ... go on so.
+    """
+    form = FORMS[k % len(FORMS)] if k else FORMS[0]
+    return [form(chance, fact) for chance, fact in zip(chances(scene["key"], k), facts(scene), strict=True)]
