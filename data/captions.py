@@ -9,23 +9,20 @@
 
 NAMES says which layouts are read; `python -m data.prepare NAME` says where each data set comes from.
 """
-import csv
-import io
 import re
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
+from data import world
 from data.batches import seed_from
+from data.parts import Lazy, by_name, cached, check_split, cropped, set_aside, shrink, two_parts
 from data.safe import PICTURES, load_pickle, missing, open_image, read_arrays, read_jsonl, read_text
+from data.stories import load as load_stories
 
-MARGIN = 76 / 64                      # AttnGAN: the short side is resized to int(size * 76 / 64), then size is cropped
-CACHE = 512 * 2**20                   # bytes of decoded pictures kept in memory
 PACKS = {                             # name: pictures, sentences, the two parts, may pictures be mirrored?
     "noto": ("noto_{}.npz", "noto_{}.jsonl", ("train", "test"), False),              # left arrow, letters, clocks
     "emojitwo": ("emojitwo_{}.npz", "emojitwo_{}.jsonl", ("train", "test"), False),
@@ -44,118 +41,33 @@ NAMES = ("builtin", *LISTED, *PACKS, "folder", "npz")
 class Captions:
     """Pictures with sentences. Files are decoded when asked for; what is kept in memory is uint8."""
     name: str
-    size: int                         # pixels of a side of what images() returns
-    captions: list                    # N lists of sentences
-    names: list                       # N file names or ids
-    fetch: Callable                   # row -> uint8 (h, w, 3) with h, w >= size
-    flip: bool = False                # mirroring keeps the sentences true
+    size: int                         # pixels of a side
+    captions: Sequence                # N lists of sentences
+    names: Sequence                   # N file names or ids
+    pictures: Callable                # (rows, seed) -> (B, 3, size, size)
     extra: dict = field(default_factory=dict)     # more of each row: {"class_id": [...], ...}, N entries each
+    said: Callable | None = None      # (rows, seed) -> B sentences, where drawing one by one is slow
 
     def __len__(self):
         return len(self.names)
 
     def images(self, rows, seed=None):
         """(B, 3, size, size) float32 in [-1, 1].   seed: random crop and flip, a function of (seed, row); None: centre"""
-        return to_tensor([crop(self.fetch(int(row)), self.size, self.flip, seed, int(row)) for row in rows])
+        return self.pictures([int(row) for row in rows], seed)
 
     def sentences(self, rows, seed=0):
         """One sentence a row, a function of (seed, row)."""
-        return [self.captions[row][seed_from(seed, row, 1) % len(self.captions[row])] for row in map(int, rows)]
+        rows = [int(row) for row in rows]
+        if self.said:
+            return self.said(rows, seed)
+        return [self.captions[row][seed_from(seed, row, 1) % len(self.captions[row])] for row in rows]
 
     def select(self, rows):
         """The same data set, only these rows."""
         rows = [int(row) for row in rows]
-        pick = lambda values: [values[row] for row in rows]  # noqa: E731
-        return Captions(self.name, self.size, pick(self.captions), pick(self.names), lambda r: self.fetch(rows[r]),
-                        self.flip, {key: pick(values) for key, values in self.extra.items()})
-
-
-def to_tensor(pictures):
-    """uint8 (h, w, 3) pictures of one size -> (B, 3, h, w) float32 in [-1, 1]"""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
-
-
-def crop(picture, size, flip, seed, row):
-    """A size x size window of a uint8 picture: at random, and mirrored half of the time, or from the centre."""
-    high, wide = picture.shape[0] - size, picture.shape[1] - size
-    if seed is None:
-        top, left, mirror = high // 2, wide // 2, False
-    else:
-        draw = seed_from(seed, row)
-        top, left, mirror = draw % (high + 1), (draw >> 16) % (wide + 1), flip and draw >> 32 & 1
-    window = picture[top : top + size, left : left + size]
-    return window[:, ::-1] if mirror else window
-
-
-def shrink(image, size, margin=MARGIN):
-    """RGB Pillow image -> uint8 array whose short side is int(size * margin); bilinear over the covered area."""
-    short = int(size * margin)
-    scale = short / min(image.size)
-    target = [short if side == min(image.size) else max(short, int(side * scale)) for side in image.size]
-    return np.asarray(image if image.size == tuple(target) else image.resize(target, Image.BILINEAR))
-
-
-def cached(decode, budget=CACHE):
-    """decode(row) that keeps its results until they fill `budget` bytes."""
-    kept, left = {}, [budget]
-
-    def fetch(row):
-        if row in kept:
-            return kept[row]
-        picture = decode(row)
-        if left[0] >= picture.nbytes:
-            kept[row], left[0] = picture, left[0] - picture.nbytes
-        return picture
-
-    return fetch
-
-
-# -- splits ---------------------------------------------------------------------------------------------------------
-
-
-def set_aside(groups, share):
-    """Rows of whole groups that hold about `share` of all rows; which ones depends on the groups' names alone."""
-    order = sorted(set(groups), key=lambda g: (zlib.crc32(str(g).encode()), str(g)))
-    rows_of = {}
-    for row, group in enumerate(groups):
-        rows_of.setdefault(group, []).append(row)
-    chosen = []
-    for group in order:
-        if len(chosen) >= share * len(groups):
-            break
-        chosen += rows_of[group]
-    return sorted(chosen)
-
-
-def two_parts(read, parts, split, holdout, group):
-    """Sets that come as two files: the second is "test", and `holdout` of the first becomes "valid".
-
-    read(part) -> data set; group(data set) -> N keys that stay on one side, so that near copies do not leak.
-    """
-    if split == "test" or (split == parts[1] and split != "valid"):
-        return read(parts[1])
-    data = read(parts[0])
-    valid = set_aside(group(data), holdout)
-    rows = valid if split == "valid" else sorted(set(range(len(data))) - set(valid))
-    if not rows:
-        raise ValueError(f"the {split} part of {data.name} is empty: {len(data)} rows with holdout={holdout}")
-    return data.select(rows)
-
-
-def by_name(data, split):
-    """80 / 10 / 10 by a hash of each name, so that new files never move old ones to another part."""
-    bucket = [zlib.crc32(str(name).encode()) % 10 for name in data.names]
-    wanted = {"train": range(8), "valid": (8,), "test": (9,)}[split]
-    rows = [row for row, b in enumerate(bucket) if b in wanted]
-    if not rows:
-        raise ValueError(f"{data.name}: none of its {len(data)} pictures fell into the {split} part; add pictures or "
-                         "make folders train/, valid/ and test/")
-    return data.select(rows)
-
-
-def check_split(split):
-    if split not in ("train", "valid", "val", "test"):
-        raise ValueError(f"split {split!r} is unknown; it is train, valid or test")
+        return Captions(self.name, self.size, [self.captions[row] for row in rows], [self.names[row] for row in rows],
+                        lambda picked, seed: self.pictures([rows[p] for p in picked], seed),
+                        {key: [values[row] for row in rows] for key, values in self.extra.items()})
 
 
 # -- layouts --------------------------------------------------------------------------------------------------------
@@ -183,14 +95,27 @@ def load(name="builtin", root="", split="train", size=64, seed=0, holdout=0.1):
         pictures, texts, parts, flip = PACKS[name]
         read = lambda part: pack(name, root / pictures.format(part), texts and root / texts.format(part), size, flip)  # noqa: E731
         return two_parts(read, parts, split, holdout, concepts)
-    split = "valid" if split == "val" else split
     if name == "npz":
         return by_name(pack(root.stem, root, root.with_suffix(".jsonl"), size, False), split)
     return folder(root / split, size) if (root / split).is_dir() else by_name(folder(root, size), split)
 
 
 def builtin(split, size, seed):
-    raise NotImplementedError
+    """The world of data/world.py: rendered when asked for, ten sentences a picture, facts in extra["facts"]."""
+    n = {"train": world.ROWS, "valid": 2048, "test": 4096}[split]
+    scene = lambda rows: world.scenes(rows, seed, split)  # noqa: E731
+
+    def said(rows, draw):
+        drawn, which, found = scene(rows), [seed_from(draw, row, 1) % 10 for row in rows], [""] * len(rows)
+        for k in set(which):
+            mine = [b for b, other in enumerate(which) if other == k]
+            for b, text in zip(mine, world.captions(world.pick(drawn, mine), k), strict=True):
+                found[b] = text
+        return found
+
+    return Captions("builtin", size, Lazy(n, lambda row: Lazy(10, lambda k: world.captions(scene([row]), k)[0])),
+                    range(n), lambda rows, _: world.render(scene(rows), size)[0],
+                    {"facts": Lazy(n, lambda row: world.facts(scene([row]))[0])}, said)
 
 
 def listed(name, root, part, size):
@@ -214,7 +139,7 @@ def listed(name, root, part, size):
         return shrink(cut_to_box(image, boxes[keys[row]]) if boxes else image, size)
 
     extra = {"class_id": [int(key[:3]) for key in keys]} if name == "birds" else {}
-    return Captions(name, size, texts, keys, cached(decode), True, extra)
+    return Captions(name, size, texts, keys, cropped(cached(decode), size, True), extra)
 
 
 def read_keys(part):
@@ -290,7 +215,8 @@ def pack(name, pictures, texts, size, flip):
     extra = {key: [row[key] for row in rows] for key in keys}
     names = next((extra[key] for key in ("name", "code", "id") if key in extra), range(len(rows)))
     fetch = lambda row: shrink(Image.fromarray(images[row]), size, 1)  # noqa: E731
-    return Captions(name, size, [row["captions"] for row in rows], [str(n) for n in names], fetch, flip, extra)
+    return Captions(name, size, [row["captions"] for row in rows], [str(n) for n in names],
+                    cropped(fetch, size, flip), extra)
 
 
 def a_photo_of(label):
@@ -316,7 +242,8 @@ def folder(root, size):
         texts.append([line.strip() for line in lines if line.strip()])
         if not texts[-1]:
             raise ValueError(f"{file.with_suffix('.txt')} holds no sentence; write at least one line")
-    return Captions(str(root), size, texts, names, cached(lambda row: shrink(open_image(files[row], upright=True), size)), False)
+    decode = cached(lambda row: shrink(open_image(files[row], upright=True), size))
+    return Captions(str(root), size, texts, names, cropped(decode, size, False))
 
 
 # -- edits ----------------------------------------------------------------------------------------------------------
@@ -327,27 +254,65 @@ class Edits:
     """Source pictures with an instruction; a target where one is known, a mask of what must change in the built-in world."""
     name: str
     size: int
-    instructions: list                # E sentences
-    kinds: list                       # E of tone, gender, recolour, ...
+    instructions: Sequence            # E sentences
+    kinds: Sequence                   # E of tone, gender, recolour, ...
     source: Callable                  # rows -> (B, 3, size, size) in [-1, 1]
-    target: Callable | None = None    # rows -> (B, 3, size, size), the oracle's result
+    target: Callable | None = None    # rows -> (B, 3, size, size), the known result
     mask: Callable | None = None      # rows -> (B, 1, size, size) in [0, 1]
-    captions: list | None = None      # E lists of sentences that are true of the source
+    captions: Sequence | None = None  # E lists of sentences that are true of the source
 
     def __len__(self):
         return len(self.instructions)
 
 
-def load_edits(name="builtin", root="", split="test", size=64, seed=0, holdout=0.1):
-    """Pictures to edit, by name: builtin, noto, emojitwo (same emoji, other tone or gender), codraw (frame t to t + 1), or
-    any other name of `load`: there the instruction is a sentence of another picture and no target is known."""
-    if name == "builtin":
-        return builtin_edits(split, size, seed)
+def load_edits(name="noto", root="", split="test", size=64, seed=0, holdout=0.1):
+    """Pictures to edit.   -> Edits
+
+    name   noto, emojitwo: the same emoji in another tone or gender; codraw: frame t of a story to frame t + 1; any other
+           name of `load`: the instruction is a sentence of another picture, and no target is known
+    """
     if name == "codraw":
-        return frame_edits(root, split, size, holdout)
-    data = load(name, root, split, size, seed, holdout)
+        return frame_edits(load_stories(name, root, split, size, holdout))
     if name in ("noto", "emojitwo"):
-        return emoji_edits(data, Path(root), PACKS[name][2][split == "test"])
-    other = [(row + 1 + seed_from(seed, row) % max(1, len(data) - 1)) % len(data) for row in range(len(data))]
-    said = [data.sentences([o], seed)[0] for o in other]
-    return Edits(name, size, said, ["other"] * len(data), data.images, captions=data.captions)
+        return emoji_edits(name, Path(root), split, size, holdout)
+    data = load(name, root, split, size, seed, holdout)
+    other = lambda row: (row + 1 + seed_from(seed, row) % max(1, len(data) - 1)) % len(data)  # noqa: E731
+    return Edits(name, size, Lazy(len(data), lambda row: data.sentences([other(row)], seed)[0]),
+                 Lazy(len(data), lambda row: "other"), data.images, captions=data.captions)
+
+
+def emoji_edits(name, root, split, size, holdout):
+    """X_edits.tsv: `source target kind instruction`, rows of X.npz. Both ends of a pair are of one concept, so of one split."""
+    part = "test" if split == "test" else "train"
+    data = load(name, root, part, size, holdout=0)
+    valid = set(set_aside(concepts(data), holdout)) if part == "train" else set()
+    pairs, said, kinds = [], [], []
+    file = root / f"{name}_{part}_edits.tsv"
+    for number, line in enumerate(read_text(file, "source, target, kind, instruction").splitlines()[1:], 2):
+        try:
+            source, target, kind, instruction = line.split("\t")
+            pair = int(source), int(target)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {line!r:.60} is not 'source target kind instruction' with tabs "
+                             "between and two row numbers") from error
+        if not 0 <= min(pair) <= max(pair) < len(data):
+            raise ValueError(f"{file}, line {number}: rows {pair} are not both among the {len(data)} pictures")
+        if (pair[0] in valid) == (pair[1] in valid) == (split == "valid"):
+            pairs.append(pair)
+            said.append(instruction)
+            kinds.append(kind)
+    at = lambda side: lambda rows: data.images([pairs[int(row)][side] for row in rows])  # noqa: E731
+    return Edits(name, size, said, kinds, at(0), at(1), captions=[data.captions[source] for source, _ in pairs])
+
+
+def frame_edits(stories):
+    """Frame t of a story, the sentence of frame t + 1, frame t + 1."""
+    steps = [(story, t) for story, told in enumerate(stories.captions) for t in range(len(told) - 1)]
+
+    def frames(rows, later):
+        picked = [steps[int(row)] for row in rows]
+        found = stories.frames([story for story, _ in picked])
+        return found[range(len(picked)), [t + later for _, t in picked]]
+
+    return Edits(stories.name, stories.size, [stories.captions[s][t + 1] for s, t in steps], ["draw"] * len(steps),
+                 lambda rows: frames(rows, 0), lambda rows: frames(rows, 1), captions=[[stories.captions[s][t]] for s, t in steps])

@@ -15,8 +15,8 @@ PATTERNS = ("plain", "gradient", "checker", "noise")
 # Chosen by a search for the largest smallest OKLab distance between two inks, seen normally, by deuteranopes and by
 # protanopes at once (0.12; a just visible step is about 0.02): lightness separates what hue cannot.
 COLOURS = {"red": "c01a16", "orange": "fb9622", "yellow": "fae85c", "green": "349673",
-           "cyan": "85f5f6", "blue": "2c68cc", "purple": "693380", "pink": "f68ec6"}
-BACKGROUNDS = {"white": "f7f4ec", "grey": "b3b6bd", "black": "33343f",                # pale or dark, never strong:
+           "cyan": "85f5f6", "blue": "2c68cc", "purple": "74399a", "pink": "f68ec6"}
+BACKGROUNDS = {"white": "f7f4ec", "grey": "b3b6bd", "black": "292a34",                # pale or dark, never strong:
                "yellow": "ecd9a0", "green": "b5d3a2", "blue": "a5c8ea"}               # the objects carry the colour
 
 OUTLINE = 0.036                       # width of the dark rim inside an object's edge: 1.2 pixels at 64

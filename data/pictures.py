@@ -1,210 +1,125 @@
-"""Pictures for people: curves, bars, grids, overlays, strips, GIFs. Pillow only.
+"""Pictures that a run leaves behind: grids with captions, heat maps, film strips, GIFs, and the charts. Pillow only.
 
-Tensors are (3, H, W) or (N, 3, H, W) in [-1, 1]. Colours can be told apart by colour-blind readers (Okabe and Ito).
+Images are (3, H, W), (1, H, W) or (H, W) tensors in [-1, 1], or Pillow images; every function takes either. Captions
+are wrapped as the font measures them and rows grow with the longest, so no caption is ever clipped.
 """
-import math
+from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+from torch.nn import functional as F
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")
-INK, FAINT, PAPER = "#222222", "#dddddd", "#ffffff"
-SCALE = 2                       # everything is drawn at twice the size: sharp on today's screens
+from data.charts import INK, PALE, PALETTE, PAPER, SHARP, bars, curves, font, histogram, save, wrap
 
-
-def font(size):
-    return ImageFont.load_default(size * SCALE)
-
-
-def width_of(text, size):
-    return font(size).getlength(text) / SCALE
+__all__ = ["PALETTE", "bars", "curves", "gif", "grid", "heat", "histogram", "overlay", "panels", "strip", "to_pil"]
+HEAT = ((0, 0, 4), (60, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191))  # dark to light
 
 
 def to_pil(image):
-    """(3, H, W) in [-1, 1] -> an RGB picture."""
-    pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy(), "RGB")
+    """(3, H, W), (1, H, W) or (H, W) in [-1, 1] -> an RGB Pillow image; Pillow images pass through."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    pixels = image.detach().float().cpu()
+    pixels = pixels.expand(3, -1, -1) if pixels.dim() == 2 or pixels.shape[0] == 1 else pixels
+    if pixels.dim() != 3 or pixels.shape[0] != 3 or not pixels.isfinite().all():
+        raise ValueError(f"a picture must be (3, H, W), (1, H, W) or (H, W) of finite numbers, got {tuple(image.shape)}")
+    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
-class Canvas:
-    """A white page in points; coordinates and font sizes are in points, pixels are SCALE times finer."""
+def heat(values):
+    """A map in [0, 1] as colours from black over purple and orange to pale yellow.   (H, W) -> (3, H, W) in [-1, 1]
 
-    def __init__(self, width, height):
-        self.image = Image.new("RGB", (round(width * SCALE), round(height * SCALE)), PAPER)
-        self.draw = ImageDraw.Draw(self.image)
-
-    def line(self, points, colour=INK, width=1.0):
-        self.draw.line([(x * SCALE, y * SCALE) for x, y in points], fill=colour, width=max(1, round(width * SCALE)), joint="curve")
-
-    def box(self, x0, y0, x1, y1, colour, outline=None):
-        self.draw.rectangle((x0 * SCALE, y0 * SCALE, x1 * SCALE, y1 * SCALE), fill=colour, outline=outline)
-
-    def text(self, x, y, text, size=10, colour=INK, anchor="lm"):
-        self.draw.text((x * SCALE, y * SCALE), text, fill=colour, font=font(size), anchor=anchor)
-
-    def paste(self, picture, x, y, size):
-        sharp = Image.NEAREST if picture.width < size[0] * SCALE else Image.LANCZOS
-        self.image.paste(picture.resize((round(size[0] * SCALE), round(size[1] * SCALE)), sharp), (round(x * SCALE), round(y * SCALE)))
-
-    def save(self, path):
-        self.image.save(path)
+    Lightness rises evenly, so the map also reads in grey and for colour-blind readers.
+    """
+    stops = torch.tensor(HEAT) / 127.5 - 1
+    x = values.detach().float().cpu().clamp(0, 1) * (len(stops) - 1)
+    low = x.floor().clamp(max=len(stops) - 2).long()
+    return torch.lerp(stops[low], stops[low + 1], (x - low)[..., None]).permute(2, 0, 1)
 
 
-# -- curves and bars ------------------------------------------------------------------------------------------------------------
+def overlay(image, values, alpha=0.5):
+    """A heat map over the grey picture: colour shows the map, brightness the picture.   -> (3, H, W) in [-1, 1]
+
+    values (h, w) of any size: enlarged smoothly to the picture's.
+    """
+    image = image.detach().float().cpu()
+    grey = image.mean(0, keepdim=True).expand(3, -1, -1)
+    values = F.interpolate(values.detach().float().cpu()[None, None], image.shape[1:], mode="bilinear")[0, 0]
+    weight = alpha * (2 * values).clamp(0, 1)                        # where the map is low the picture stays as it is
+    return (1 - weight) * grey + weight * heat(values)
 
 
-def ticks(low, high, count=5):
-    """Round numbers that cover [low, high]: steps of 1, 2 or 5 times a power of ten."""
-    if not math.isfinite(low) or not math.isfinite(high):
-        low, high = 0.0, 1.0
-    if high - low < 1e-12 * max(1.0, abs(high)):
-        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
-    raw = (high - low) / count
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+def resized(image, width):
+    """To `width` points: small pictures keep their pixels as squares, large ones are averaged."""
+    image = to_pil(image)
+    wide = round(width * SHARP)
+    how = Image.Resampling.NEAREST if image.width < wide else Image.Resampling.LANCZOS
+    return image.resize((wide, max(1, round(wide * image.height / image.width))), how)
 
 
-def number(value):
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
-
-
-def spread(places, gap, low, high):
-    """Move label heights apart so that none overlap, keeping their order and staying inside [low, high]."""
-    order = sorted(range(len(places)), key=places.__getitem__)
-    moved = list(places)
-    for before, after in zip(order, order[1:], strict=False):
-        moved[after] = max(moved[after], moved[before] + gap)
-    limit = high
-    for i in reversed(order):
-        moved[i] = max(min(moved[i], limit), low)
-        limit = moved[i] - gap
-    return moved
-
-
-def curves(path, panels, xlabel="step"):
-    """Panels side by side; each line is named at its end.   panels [(title, {label: (xs, ys)}, {level label: y})]"""
-    panel_width, height, top, bottom = 430, 290, 38, 40
-    page = Canvas(panel_width * len(panels), height)
-    for n, (title, lines, levels) in enumerate(panels):
-        lines = {label: [(x, y) for x, y in zip(*xy, strict=True) if math.isfinite(y)] for label, xy in lines.items()}
-        lines = {label: points for label, points in lines.items() if points}
-        points = [p for line in lines.values() for p in line] or [(0, 0.0), (1, 1.0)]
-        ys = ticks(min([y for _, y in points] + list(levels.values())), max([y for _, y in points] + list(levels.values())))
-        xs = ticks(min(x for x, _ in points), max(x for x, _ in points), 4)
-        left = n * panel_width + 20 + max(width_of(number(y), 9) for y in ys)
-        right = (n + 1) * panel_width - 14 - max([width_of(label, 10) for label in [*lines, *levels]] + [20])
-        place = lambda x, y, left=left, right=right, xs=xs, ys=ys: (  # noqa: E731
-            left + (right - left) * (x - xs[0]) / (xs[-1] - xs[0]), height - bottom - (height - bottom - top) * (y - ys[0]) / (ys[-1] - ys[0]))
-        page.text(n * panel_width + 14, 18, title, 12)
-        for y in ys:
-            page.line([place(xs[0], y), place(xs[-1], y)], FAINT, 0.5)
-            page.text(left - 6, place(xs[0], y)[1], number(y), 9, "#666666", "rm")
-        for x in xs:
-            page.text(place(x, ys[0])[0], height - bottom + 12, number(x), 9, "#666666", "mm")
-        page.text((left + right) / 2, height - 10, xlabel, 9, "#666666", "mm")
-        ends = []
-        for colour, (label, line) in zip(PALETTE * 3, lines.items(), strict=False):
-            drawn = [place(*p) for p in line]
-            page.line(drawn if len(drawn) > 1 else [drawn[0], (drawn[0][0] + 2, drawn[0][1])], colour, 1.2)
-            ends.append((drawn[-1][1], label, colour))
-        for label, y in levels.items():
-            x0, x1, height_y = left, right, place(xs[0], y)[1]
-            for k in range(int((x1 - x0) // 8) + 1):
-                page.line([(x0 + 8 * k, height_y), (min(x0 + 8 * k + 4, x1), height_y)], "#888888", 0.8)
-            ends.append((height_y, label, "#888888"))
-        heights = spread([y for y, _, _ in ends], 13, top, height - bottom)
-        for y, (_, label, colour) in zip(heights, ends, strict=True):
-            page.text(right + 6, y, label, 10, colour)
-    page.save(path)
-
-
-def bars(path, values, title, level=None):
-    """Horizontal bars, each with its name on the left and its value at its end.   values {label: number >= 0}"""
-    left, row = 16 + max(width_of(label, 10) for label in values), 22
-    page = Canvas(left + 380, 44 + row * len(values) + 10)
-    page.text(14, 18, title, 12)
-    most = max([*values.values(), level or 0, 1e-12])
-    for n, (label, value) in enumerate(values.items()):
-        y, end = 42 + row * n, left + 8 + 290 * value / most
-        page.text(left, y + 8, label, 10, anchor="rm")
-        page.box(left + 8, y, max(end, left + 9), y + 15, PALETTE[0])
-        page.text(end + 6, y + 8, f"{value:.3g}", 10, "#666666")
-    if level is not None:
-        x = left + 8 + 290 * level / most
-        page.line([(x, 36), (x, 42 + row * len(values))], PALETTE[1], 1)
-    page.save(path)
-
-
-# -- pictures with captions --------------------------------------------------------------------------------------------------------
-
-
-def wrap(text, width, size=9, lines=4):
-    """Break a caption into lines that fit; what does not fit ends in an ellipsis."""
-    rows = [""]
-    for word in str(text).split():
-        trial = f"{rows[-1]} {word}".strip()
-        if width_of(trial, size) <= width or not rows[-1]:
-            rows[-1] = trial
-        else:
-            rows.append(word)
-    if len(rows) > lines:
-        rows = rows[: lines - 1] + [rows[lines - 1] + " ..."]
-    for i, row in enumerate(rows):
-        while width_of(row, size) > width and len(row) > 4:
-            row = row[:-4] + "..."
-        rows[i] = row
-    return rows
-
-
-def panels(path, rows, size=96, title=None):
-    """Rows of captioned pictures.   rows [[(image (3, H, W), caption), ...], ...]"""
-    gap, head = 10, 30 if title else 8
-    text = [[wrap(caption, size) if caption else [] for _, caption in row] for row in rows]
-    shapes = [[(size, size * image.shape[1] / image.shape[2]) for image, _ in row] for row in rows]
-    heights = [max(h for _, h in shape) + 12 * max(map(len, lines), default=0) + gap for shape, lines in zip(shapes, text, strict=True)]
-    page = Canvas(max(max(map(len, rows)) * (size + gap) + gap, (width_of(title, 12) if title else 0) + 2 * gap), head + sum(heights))
-    if title:
-        page.text(gap, 15, title, 12)
+def panels(path, rows, size=96, title=None, gap=8):
+    """Rows of captioned pictures, each `size` points wide.   rows [[(image, caption or None), ...], ...]"""
+    gap, edge = gap * SHARP, 12 * SHARP
+    rows = [[(resized(image, size), wrap(caption or "", size * SHARP, 8 * SHARP)) for image, caption in row] for row in rows]
+    if not any(rows):
+        raise ValueError(f"there is no picture to draw in {path}")
+    width = 2 * edge + max(len(row) * (size * SHARP + gap) for row in rows if row) - gap
+    heading = wrap(title or "", width - 2 * edge, 11 * SHARP)
+    head = edge + (15 * SHARP * len(heading) + 4 * SHARP) * bool(title)
+    tall = [max(image.height + (4 + 10 * len(text)) * SHARP * bool(text) for image, text in row) + 8 * SHARP
+            for row in rows if row]
+    sheet = Image.new("RGB", (width, head + sum(tall) + 4 * SHARP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(heading):
+        draw.text((edge, edge + 15 * SHARP * i), line, INK, font(11 * SHARP))
     y = head
-    for row, shape, lines, height in zip(rows, shapes, text, heights, strict=True):
-        for n, ((image, _), (w, h), words) in enumerate(zip(row, shape, lines, strict=True)):
-            page.paste(to_pil(image), gap + n * (size + gap), y, (w, h))
-            for k, line in enumerate(words):
-                page.text(gap + n * (size + gap), y + h + 8 + 12 * k, line, 9)
+    for row, height in zip([row for row in rows if row], tall, strict=True):
+        for column, (image, text) in enumerate(row):
+            x = edge + column * (size * SHARP + gap)
+            sheet.paste(image, (x, y))
+            for i, line in enumerate(text):
+                draw.text((x, y + image.height + (4 + 10 * i) * SHARP), line, INK, font(8 * SHARP))
         y += height
-    page.save(path)
+    save(sheet, path)
 
 
 def grid(path, images, captions=None, columns=4, title=None, size=96):
     """Pictures in rows of `columns`, each over its caption.   images (N, 3, H, W) in [-1, 1]"""
-    captions = captions or [""] * len(images)
+    captions = captions or [None] * len(images)
     cells = list(zip(images, captions, strict=True))
     panels(path, [cells[i : i + columns] for i in range(0, len(cells), columns)], size, title)
 
 
-def strip(path, frames, captions=None, size=112, title=None):
-    """One row: a story or a film.   frames (F, 3, H, W)"""
-    panels(path, [list(zip(frames, captions or [""] * len(frames), strict=True))], size, title)
+def film(image, weight=None):
+    """A frame between two rows of sprocket holes; a weight in [0, 1] adds a bar of that length under it."""
+    hole, band, edge = image.width / 16, round(image.width / 10), round(image.width / 50)
+    bar = band // 2 if weight is not None else 0
+    sheet = Image.new("RGB", (image.width, image.height + 2 * band + 2 * bar), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.rectangle([0, 0, image.width, image.height + 2 * band - 1], INK)
+    sheet.paste(image.resize((image.width - 2 * edge, image.height)), (edge, band))
+    for k in range(8):
+        for y in ((band - hole) / 2, image.height + band + (band - hole) / 2):
+            draw.rounded_rectangle([(2 * k + 0.5) * hole, y, (2 * k + 1.5) * hole, y + hole], hole / 4, PAPER)
+    if weight is not None:
+        y0, y1, wide = sheet.height - bar, sheet.height - 1, image.width - 2 * edge
+        draw.rectangle([edge, y0, edge + wide - 1, y1], PALE)
+        draw.rectangle([edge, y0, edge + max(1, min(1.0, float(weight)) * wide) - 1, y1], PALETTE[1])
+    return sheet
+
+
+def strip(path, frames, captions=None, size=112, title=None, weights=None, columns=8):
+    """A story or a clip on film, `columns` frames a row.   frames (F, 3, H, W), weights (F,) in [0, 1]: relevance"""
+    captions = captions or [None] * len(frames)
+    weights = [None] * len(frames) if weights is None else weights
+    cells = [(film(resized(x, size), w), caption) for x, caption, w in zip(frames, captions, weights, strict=True)]
+    panels(path, [cells[i : i + columns] for i in range(0, len(cells), columns)], size, title, gap=0)
 
 
 def gif(path, frames, ms=200, size=192):
-    """An animation that repeats for ever.   frames (F, 3, H, W)"""
-    pictures = [to_pil(frame).resize((size, size * frame.shape[1] // frame.shape[2]), Image.NEAREST) for frame in frames]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=ms, loop=0)
-
-
-def heat(values):
-    """A map in [0, 1] as colours: dark blue, teal, yellow.   (H, W) -> (3, H, W) in [-1, 1]"""
-    stops = torch.tensor([[0.17, 0.11, 0.40], [0.13, 0.45, 0.56], [0.37, 0.73, 0.42], [0.99, 0.91, 0.15]])
-    x = values.detach().float().cpu().clamp(0, 1) * (len(stops) - 1)
-    low = x.floor().clamp(max=len(stops) - 2).long()
-    mixed = torch.lerp(stops[low], stops[low + 1], (x - low)[..., None])
-    return mixed.permute(2, 0, 1) * 2 - 1
-
-
-def overlay(image, values, alpha=0.5):
-    """A heat map over the grey picture: colour shows the map, brightness the picture.   -> (3, H, W) in [-1, 1]"""
-    grey = image.detach().float().cpu().mean(0, keepdim=True).expand(3, -1, -1)
-    return (1 - alpha) * grey + alpha * heat(values)
+    """An animation that repeats for ever, `size` pixels wide.   frames (F, 3, H, W)"""
+    images = [resized(frame, size / SHARP) for frame in frames]
+    if not images:
+        raise ValueError(f"there is no frame to write to {path}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=ms, loop=0)

@@ -16,6 +16,7 @@ import torch
 
 from data.batches import generator, seed_from
 from data.draw import BACKGROUNDS, COLOURS, PATTERNS, REACH, SHAPES, TEXTURES, hashed, render, uniform
+from data.pictures import grid
 
 COLOUR, BACKGROUND = tuple(COLOURS), tuple(BACKGROUNDS)          # names in the order of their ids
 SIZES = ("small", "large")
@@ -25,8 +26,8 @@ VALUES = {"shape": SHAPES, "colour": COLOUR, "texture": TEXTURES, "size": SIZES,
           "background": BACKGROUND, "pattern": PATTERNS}
 
 RADIUS = (0.36, 0.58)                        # small and large, times CROWD[number of objects - 1]: "large" is relative
-CROWD = (1.0, 0.74, 0.62)                    # to how many share the picture; the two ranges never meet
-SPREAD, GAP, TRIES = 0.06, 0.07, 24          # radii vary by 6 %; least distance of two objects; layouts tried
+CROWD = (1.0, 0.74, 0.6)                     # to how many share the picture; the two ranges never meet
+SPREAD, GAP, TRIES = 0.06, 0.07, 96          # radii vary by 6 %; least distance of two objects; layouts tried
 
 
 # -- scenes -------------------------------------------------------------------------------------------------------------
@@ -186,7 +187,8 @@ def listing(phrases):
 
 def whole(chance, fact, full=False):
     """Every object and the background; full: with every attribute."""
-    told = [set(VALUES) if full else some(chance, ("shape", "colour", "texture", "size"), 2) for _ in fact["objects"]]
+    told = [set(VALUES) if full else some(chance, ("colour", "texture", "size")) | ({"shape"} if next(chance) % 6 else set())
+            for _ in fact["objects"]]
     things = listing([article(noun(chance, o, t)) for o, t in zip(fact["objects"], told, strict=True)])
     start = one(chance, ("", "", "a picture of ", "there is "))
     return f"{start}{things} {ground(chance, fact, full or next(chance) % 2)}"
@@ -234,18 +236,23 @@ def is_now(chance, thing, what):
     return f"the {alias(chance, thing['shape'])} is {alias(chance, thing[what])}"
 
 
+def matches(thing, shape, colour):
+    """Is it a (colour) shape? "shape" and "" stand for any."""
+    return shape in (thing["shape"], "shape") and colour in (thing["colour"], "")
+
+
 def counting(chance, fact):
     """"two stars", "there is no red shape", "three shapes on a blue background": exactly that many."""
-    shape, colour = one(chance, (*SHAPES, "shape")), one(chance, (*COLOUR, ""))
     thing = one(chance, fact["objects"])
-    if next(chance) % 4:                                                   # mostly something that is there
-        shape, colour = one(chance, ((thing["shape"], ""), ("shape", thing["colour"]), ("shape", "")))
-    number = sum(o["shape"] in (shape, *SHAPES[: 8 * (shape == "shape")]) and o["colour"] in (colour, *COLOUR[: 8 * (not colour)])
-                 for o in fact["objects"])
-    name = f"{colour} {shape if number == 1 else PLURALS[shape]}".strip()
+    shape, colour = one(chance, ((thing["shape"], ""), ("shape", thing["colour"]), ("shape", "")))
+    if next(chance) % 4 == 0:                                              # anything: most likely there is none
+        shape, colour = one(chance, ((one(chance, SHAPES), ""), ("shape", one(chance, COLOUR))))
+    number = sum(matches(o, shape, colour) for o in fact["objects"])
+    name = f"{NUMBERS[number]} {colour} {PLURALS[shape] if number > 1 else shape}".replace("  ", " ")
     if number == 0:
-        return f"there is no {colour} {shape}".replace("  ", " ")
-    return f"{one(chance, ('', 'there is ' if number == 1 else 'there are '))}{NUMBERS[number]} {name} {ground(chance, fact, False)}"
+        return "there is " + name
+    there = one(chance, ("", "there are " if number > 1 else "there is "))
+    return f"{there}{name} {ground(chance, fact, False)}"
 
 
 FORMS = (lambda c, f: whole(c, f, full=True), part, whole, relation, predicate, whole, part, counting, relation, whole)
@@ -254,7 +261,70 @@ FORMS = (lambda c, f: whole(c, f, full=True), part, whole, relation, predicate, 
 def captions(scene, k=0):
     """Caption k of every scene: true, and a pure function of the scene's key and k.   -> B strings
 
-    k = 0 tells every attribute of every object; 1..9 leave things out, relate, state or count; 10, 11, ... go on so.
+    k = 0 tells every attribute of every object; 1..9 leave things out, relate, state or count; 10, 11, ... go round.
     """
-    form = FORMS[k % len(FORMS)] if k else FORMS[0]
+    form = FORMS[k % len(FORMS)]
     return [form(chance, fact) for chance, fact in zip(chances(scene["key"], k), facts(scene), strict=True)]
+
+
+# -- every word of every view -------------------------------------------------------------------------------------------
+
+NAMES = ("Pip", "Mo", "Zuri", "Otto", "Lila", "Finn", "Nara", "Bo")                          # the cast of the stories
+PLACES = {"white": "snow", "grey": "fog", "black": "night", "yellow": "desert", "green": "meadow", "blue": "sea"}
+KINDS = ("mug", "poster", "cushion", "lamp", "bag", "clock", "plate", "scarf")               # the shop: what titles tell
+MATERIALS = ("wooden", "glass", "linen", "steel", "paper", "clay")                           # and pictures do not show
+OTHER = """a an and against background on in the of there is are with picture no one two three stripes dots shape shapes
+    left right above below over under next beside to at top bottom middle it they meets goes into stands walks jumps stand
+    walk jump dances for how many what which way does do thing things that moves moving move turns turning turn stays still
+    more fewer as than same colour size direction first before after yes up down 0 1 2 3"""
+
+
+def words():
+    """All of them, in alphabetical order: the small CLIP reads one token a word."""
+    tables = [*VALUES.values(), *SYNONYMS.values(), PLURALS.values(), PLACES.values(), KINDS, MATERIALS,
+              [name.lower() for name in NAMES], OTHER.split()]
+    return tuple(sorted({word for table in tables for word in table}))
+
+
+WORDS = words()
+
+
+# -- commands -----------------------------------------------------------------------------------------------------------
+
+
+def bench(size=64, count=2048):
+    """Pictures a second, best of five: the machine is shared, and the best run is the one that was disturbed least."""
+    scene = scenes(range(count))
+    for what, work in (("sample scenes", lambda: scenes(range(count))), ("render", lambda: render(scene, size)),
+                       ("write captions", lambda: captions(scene, 2))):
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+        print(f"{what:16}{count / min(seconds):10,.0f} a second  (median {count / sorted(seconds)[2]:,.0f}; "
+              f"{size} x {size}, {torch.get_num_threads()} threads)")
+
+
+def sheet(path, count=32, seed=0, split="train"):
+    """A page of pictures under which caption 0, 1, 2, ... of each is written."""
+    scene = scenes(range(count), seed, split)
+    texts = [captions(pick(scene, slice(b, b + 1)), b)[0] for b in range(count)]
+    grid(path, render(scene, 160)[0], texts, columns=8, title="The built-in world")
+    print(f"wrote {path}: {count} pictures of split {split}, seed {seed}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sheet", metavar="PNG", help="write a contact sheet")
+    parser.add_argument("--bench", action="store_true", help="measure speed")
+    parser.add_argument("--threads", type=int, default=1, help="threads for --bench")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side for --bench")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.sheet:
+        sheet(options.sheet)
+    if options.bench:
+        bench(options.size)
+    if not (options.sheet or options.bench):
+        parser.print_help()

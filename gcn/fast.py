@@ -13,26 +13,36 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gcn.mgcn import MGCN, fusion_scales
-from kernels.graph import Graph, mix_hops, propagate
+from kernels.graph import Graph, propagate
+
+BLOCK = 256          # anchors at a time: 256 rows of exponentials stay in a core's cache
 
 
 class _MeanHops(torch.autograd.Function):
-    """Rows of sum_l w_l A^l x: the last hop is walked for these rows alone. Backward: the same polynomial of A^T."""
+    """Rows of the mean of A^0 x .. A^L x, Horner's rule: the last hop is walked for these rows alone.
+
+    Backward: the same polynomial of A^T, applied to the gradient scattered over all nodes.
+    """
 
     @staticmethod
-    def forward(ctx, graph, x, rows, weights):
-        ctx.graph, ctx.weights = graph, weights
+    def forward(ctx, graph, x, rows, hops):
+        ctx.graph, ctx.hops = graph, hops
         ctx.save_for_backward(rows)
-        if len(weights) == 1:
-            return weights[0] * x[rows]
-        return propagate(graph.rows(rows), mix_hops(graph, x, weights[1:])).add_(x[rows], alpha=weights[0])
+        h = x
+        for _ in range(hops - 1):
+            h = propagate(graph, h).add_(x)
+        y = x[rows] if hops == 0 else propagate(graph.rows(rows), h).add_(x[rows])
+        return y.div_(hops + 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         (rows,) = ctx.saved_tensors
-        full = dy.new_zeros(ctx.graph.shape[1], dy.shape[1]).index_copy_(0, rows, dy)
-        return None, mix_hops(ctx.graph.T, full, ctx.weights), None, None
+        full = dy.new_zeros(ctx.graph.shape[1], dy.shape[1]).index_copy_(0, rows, dy / (ctx.hops + 1))
+        h = full
+        for _ in range(ctx.hops):
+            h = propagate(ctx.graph.T, h).add_(full)
+        return None, h, None, None
 
 
 class _Fuse(torch.autograd.Function):
@@ -74,24 +84,31 @@ class _Fuse(torch.autograd.Function):
 class _InfoNCE(torch.autograd.Function):
     """sum_r w_r [ log sum_c n_c exp(a_r . b_c / tau) - a_r . b_r / tau ], unit rows (R, D): Eq. 16 without duplicates.
 
-    w_r is the share of anchor r in the batch, n_c how often candidate c occurs. Cosines are at most 1, so
-    exp((cos - 1) / tau) needs no search for the largest logit; tau >= 0.03 keeps it above 1e-29.
+    w_r is the share of anchor r in the batch, n_c how often candidate c occurs. The loss is linear in its own gradient,
+    so da and db are made while a block of exponentials is still in the cache, and no R x R matrix is kept.
+    Cosines are at most 1: exp((cos - 1) / tau) needs no search for the largest logit; tau >= 0.03 keeps it above 1e-29.
     """
 
     @staticmethod
     def forward(ctx, a, b, w, n, tau):
-        p = torch.addmm(n.log() - 1 / tau, a, b.T, alpha=1 / tau).exp_()        # (R, R)
-        total = p.sum(1)
-        ctx.save_for_backward(a, b, w, p.div_(total[:, None]))
-        ctx.tau = tau
-        return (w * (total.log() + (1 - (a * b).sum(1)) / tau)).sum()
+        value, da, db = -(w * (a * b).sum(1)).sum() / tau, torch.empty_like(a), torch.zeros_like(b)
+        weighted = torch.cat([n[:, None] * b, n[:, None]], 1)                   # (R, D + 1)
+        for r in range(0, len(a), BLOCK):
+            mine = slice(r, r + BLOCK)
+            p = (a[mine] @ b.T).sub_(1).div_(tau).exp_()                        # (BLOCK, R)
+            sums = p @ weighted                                                 # numerator of sum_c p_rc b_c | sum_c n_c p_rc
+            total = sums[:, -1:]
+            value += (w[mine] * (total[:, 0].log() + 1 / tau)).sum()
+            torch.div(sums[:, :-1], total, out=da[mine])
+            db.addmm_(p.T, w[mine, None] / total * a[mine])
+        ctx.save_for_backward((w / tau)[:, None] * (da - b), (n[:, None] * db - w[:, None] * a) / tau)
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        a, b, w, p = ctx.saved_tensors
-        w = (g / ctx.tau * w)[:, None]
-        return torch.addmm(-b, p, b).mul_(w), torch.addmm(-w * a, p.T, w * a), None, None, None
+        da, db = ctx.saved_tensors
+        return g * da, g * db, None, None, None
 
 
 def stacked_graphs(model):
@@ -124,7 +141,7 @@ def views(model, rows):
     """Rows of C and M.   rows (n,) nodes without repeats -> (n, D), (n, D)"""
     cfg, M = model.cfg, len(model.modalities)
     nodes = torch.cat([model.user.weight, model.item.weight])
-    behaviour = _MeanHops.apply(model.ui, nodes, rows, [1 / (cfg.ui_layers + 1)] * (cfg.ui_layers + 1))
+    behaviour = _MeanHops.apply(model.ui, nodes, rows, cfg.ui_layers)
     if not M:
         return behaviour, torch.zeros_like(behaviour)
     content, looks = stacked_graphs(model)

@@ -116,56 +116,50 @@ def _rows(x, row, valid, stride, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: t
 @jit
 def _start(x, a, stride_a, b, stride_b, h, stride_h, UNIT: tl.constexpr):
     """Where head h of sample a, frame b starts: 64 bit, a batch can pass 2**31 elements (one sample cannot)."""
-    return x + (a.to(tl.int64) * stride_a + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h) * UNIT
+    return x + (tl.cast(a, tl.int64) * stride_a + tl.cast(b, tl.int64) * stride_b + h * stride_h) * UNIT
 
 
 @jit
-def _keep(key, length, mask, b, stride_b, stride_q, token, valid):
-    """Which keys which queries see, (BLOCK_Q, BLOCK_K). What is absent is None when the kernel is compiled."""
-    seen = key < length
-    if mask is None:
-        return seen[None, :] & valid[:, None]
-    mask += b.to(tl.int64) * stride_b
-    if stride_q is None:                                              # one row of the mask for all queries
-        seen = seen & (tl.load(mask + key, mask=seen, other=0) != 0)
-        return seen[None, :] & valid[:, None]
-    keep = seen[None, :] & valid[:, None]
-    return keep & (tl.load(mask + token[:, None] * stride_q + key[None, :], mask=keep, other=0) != 0)
+def _seen(key, K, lengths, mask, sample):
+    """Which keys the queries of a sample see, (BLOCK_K). What is absent is None when the kernel is compiled."""
+    seen = key < K
+    if lengths is not None:
+        seen = seen & (key < tl.load(lengths + sample))
+    if mask is not None:
+        seen = seen & (tl.load(mask + sample.to(tl.int64) * K + key, mask=seen, other=0) != 0)
+    return seen
 
 
 @jit
-def _softmax(q, k, keep, SCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """Unnormalised probabilities, row maximum (base 2), row sum: 0 where no key is kept, and never -inf - -inf."""
+def _softmax(q, k, seen, SCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """Unnormalised probabilities, row maximum (base 2), row sum: 0 where no key is seen, and never -inf - -inf."""
     s = dot(q, tl.trans(k), PRECISION, UPCAST) * (SCALE * 1.4426950408889634)       # log2(e): exp2 is one instruction
-    s = tl.where(keep, s, -1e38)
+    s = tl.where(seen[None, :], s, -1e38)
     top = tl.max(s, 1)
-    p = tl.where(keep, tl.exp2(s - top[:, None]), 0.0)
+    p = tl.where(seen[None, :], tl.exp2(s - top[:, None]), 0.0)
     return p, top, tl.sum(p, 1)
 
 
 @jit
-def _attend(q, k, v, keep, SCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def _attend(q, k, v, seen, SCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """softmax(q k^T) v for one tile, with the maximum and the sum of its rows."""
-    p, top, total = _softmax(q, k, keep, SCALE, PRECISION, UPCAST)
+    p, top, total = _softmax(q, k, seen, SCALE, PRECISION, UPCAST)
     out = dot(p.to(v.dtype), v, PRECISION, UPCAST)
     return out / tl.where(total > 0, total, 1.0)[:, None], top, total
 
 
 @jit
-def _forward_kernel(q, k, v, lengths, mask, out, lse, Q, K, H, qb, qt, qh, kb, kt, kh, mb, mq,
+def _forward_kernel(q, k, v, lengths, mask, out, lse, Q, K, H, qb, qt, qh, kb, kt, kh,
                     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
                     BLOCK_Q: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     b, h = tl.program_id(0) // H, tl.program_id(0) % H               # neighbours share the cache lines of a token
     token, valid = _place(tl.program_id(1), 0, Q, 1, 1, 1, BLOCK_Q, False)
-    key, length = tl.arange(0, BLOCK_K), K
-    if lengths is not None:
-        length = tl.minimum(tl.load(lengths + b), K)
-    zero = b * 0
-    query = _rows(_start(q, b, qb, zero, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
-    keys = _rows(_start(k, b, kb, zero, 0, h, kh, UNIT), key, key < length, kt, UNIT, D, BLOCK_D)
-    values = _rows(_start(v, b, kb, zero, 0, h, kh, UNIT), key, key < length, kt, UNIT, D, BLOCK_D)
-    keep = _keep(key, length, mask, b, mb, mq, token, valid)
-    o, top, total = _attend(query, keys, values, keep, SCALE, PRECISION, UPCAST)
+    key = tl.arange(0, BLOCK_K)
+    seen = _seen(key, K, lengths, mask, b)
+    query = _rows(_start(q, b, qb, 0, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
+    keys = _rows(_start(k, b, kb, 0, 0, h, kh, UNIT), key, seen, kt, UNIT, D, BLOCK_D)
+    values = _rows(_start(v, b, kb, 0, 0, h, kh, UNIT), key, seen, kt, UNIT, D, BLOCK_D)
+    o, top, total = _attend(query, keys, values, seen, SCALE, PRECISION, UPCAST)
     d, at = tl.arange(0, BLOCK_D), token * H + h                     # out (B, Q, H, D), contiguous
     out += b.to(tl.int64) * (Q * H * D)
     tl.store(out + at[:, None] * D + d[None, :], o.to(out.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
@@ -183,20 +177,18 @@ def _frame_story_kernel(q, q_story, kf, vf, ks, vs, lengths, gate, out, n, K, K2
                         UPCAST: tl.constexpr):
     h, f, b = tl.program_id(0) % H, tl.program_id(0) // H % frames, tl.program_id(0) // H // frames
     token, valid = _place(tl.program_id(1), f, n, cell_w, board_w, cols, BLOCK_Q, True)
-    zero, length = b * 0, K
-    if lengths is not None:
-        length = tl.minimum(tl.load(lengths + b * frames + f), K)
-    query = _rows(_start(q, b, qb, zero, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
+    query = _rows(_start(q, b, qb, 0, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
     key = tl.arange(0, BLOCK_K)                                      # the words of this cell's own frame
-    keys = _rows(_start(kf, b, fb, f, ff, h, fh, UNIT), key, key < length, ft, UNIT, D, BLOCK_D)
-    values = _rows(_start(vf, b, fb, f, ff, h, fh, UNIT), key, key < length, ft, UNIT, D, BLOCK_D)
-    frame, _, _ = _attend(query, keys, values, (key < length)[None, :] & valid[:, None], SCALE, PRECISION, UPCAST)
+    seen = _seen(key, K, lengths, None, b * frames + f)
+    keys = _rows(_start(kf, b, fb, f, ff, h, fh, UNIT), key, seen, ft, UNIT, D, BLOCK_D)
+    values = _rows(_start(vf, b, fb, f, ff, h, fh, UNIT), key, seen, ft, UNIT, D, BLOCK_D)
+    frame, _, _ = _attend(query, keys, values, seen, SCALE, PRECISION, UPCAST)
     key = tl.arange(0, BLOCK_S)                                      # the whole story
     if q_story is not None:
-        query = _rows(_start(q_story, b, qb, zero, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
-    keys = _rows(_start(ks, b, sb, zero, 0, h, sh, UNIT), key, key < K2, st, UNIT, D, BLOCK_D)
-    values = _rows(_start(vs, b, sb, zero, 0, h, sh, UNIT), key, key < K2, st, UNIT, D, BLOCK_D)
-    story, _, _ = _attend(query, keys, values, (key < K2)[None, :] & valid[:, None], SCALE, PRECISION, UPCAST)
+        query = _rows(_start(q_story, b, qb, 0, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
+    keys = _rows(_start(ks, b, sb, 0, 0, h, sh, UNIT), key, key < K2, st, UNIT, D, BLOCK_D)
+    values = _rows(_start(vs, b, sb, 0, 0, h, sh, UNIT), key, key < K2, st, UNIT, D, BLOCK_D)
+    story, _, _ = _attend(query, keys, values, key < K2, SCALE, PRECISION, UPCAST)
     o = frame + tl.load(gate) * story
     d, at = tl.arange(0, BLOCK_D), token * H + h
     out += b.to(tl.int64) * (n * frames * H * D)
@@ -205,17 +197,15 @@ def _frame_story_kernel(q, q_story, kf, vf, ks, vs, lengths, gate, out, n, K, K2
 
 @jit
 def _backward_kernel(q, k, v, lengths, mask, gate, dout, dq, dk, dv, dgate,
-                     n, K, H, frames, cell_w, board_w, cols, span, qb, qt, qh, kb, kf, kt, kh, mb, mq,
+                     n, K, H, frames, cell_w, board_w, cols, span, qb, qt, qh, kb, kf, kt, kh,
                      SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
                      BLOCK_Q: tl.constexpr, UNIT: tl.constexpr, BOARD: tl.constexpr, ADD: tl.constexpr,
                      PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     h, f, b = tl.program_id(0) % H, tl.program_id(0) // H % frames, tl.program_id(0) // H // frames
-    zero, length = b * 0, K
-    if lengths is not None:
-        length = tl.minimum(tl.load(lengths + b * frames + f), K)
     key, d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
-    keys = _rows(_start(k, b, kb, f, kf, h, kh, UNIT), key, key < length, kt, UNIT, D, BLOCK_D)
-    values = _rows(_start(v, b, kb, f, kf, h, kh, UNIT), key, key < length, kt, UNIT, D, BLOCK_D)
+    seen = _seen(key, K, lengths, mask, b * frames + f)
+    keys = _rows(_start(k, b, kb, f, kf, h, kh, UNIT), key, seen, kt, UNIT, D, BLOCK_D)
+    values = _rows(_start(v, b, kb, f, kf, h, kh, UNIT), key, seen, kt, UNIT, D, BLOCK_D)
     sum_k = tl.zeros((BLOCK_K, BLOCK_D), dtype=dk.dtype.element_ty)
     sum_v = tl.zeros((BLOCK_K, BLOCK_D), dtype=dk.dtype.element_ty)
     sum_gate = tl.zeros((BLOCK_Q,), dtype=dk.dtype.element_ty)
@@ -226,12 +216,10 @@ def _backward_kernel(q, k, v, lengths, mask, gate, dout, dq, dk, dv, dgate,
         factor = tl.load(gate)
     for i in range(span):                                            # this program's tiles of queries, in order
         token, valid = _place(tl.program_id(1) * span + i, f, n, cell_w, board_w, cols, BLOCK_Q, BOARD)
-        query = _rows(_start(q, b, qb, zero, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
-        at = (token * H + h)[:, None] * D + d[None, :]
-        inside = valid[:, None] & (d < D)[None, :]
-        grad = tl.load(dout + at, mask=inside, other=0.0)
-        keep = _keep(key, length, mask, b, mb, mq, token, valid)
-        p, _, total = _softmax(query, keys, keep, SCALE, PRECISION, UPCAST)
+        query = _rows(_start(q, b, qb, 0, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
+        at, inside = (token * H + h)[:, None] * D + d[None, :], valid[:, None] & (d < D)[None, :]
+        grad = tl.load(dout + at, mask=inside, other=0.0)            # 0 beyond the last query: adds nothing below
+        p, _, total = _softmax(query, keys, seen, SCALE, PRECISION, UPCAST)
         p = p / tl.where(total > 0, total, 1.0)[:, None]
         dp = dot(grad, tl.trans(values), PRECISION, UPCAST)
         delta = tl.sum(p * dp, 1)                                    # = do . o, without reading o
@@ -244,8 +232,7 @@ def _backward_kernel(q, k, v, lengths, mask, gate, dout, dq, dk, dv, dgate,
             step += tl.load(dq + at, mask=inside, other=0.0)
         tl.store(dq + at, step.to(dq.dtype.element_ty), mask=inside)
     part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)        # (S, B, F, H, K, D)
-    at = part * (K * D) + key[:, None] * D + d[None, :]
-    inside = (key < K)[:, None] & (d < D)[None, :]
+    at, inside = part * (K * D) + key[:, None] * D + d[None, :], (key < K)[:, None] & (d < D)[None, :]
     tl.store(dk + at, sum_k * (factor * SCALE), mask=inside)
     tl.store(dv + at, sum_v * factor, mask=inside)
     if dgate is not None:
@@ -253,21 +240,18 @@ def _backward_kernel(q, k, v, lengths, mask, gate, dout, dq, dk, dv, dgate,
 
 
 @jit
-def _map_kernel(q, k, lengths, mask, out, Q, K, H, qb, qt, qh, kb, kt, kh, mb, mq,
+def _map_kernel(q, k, lengths, mask, out, Q, K, H, qb, qt, qh, kb, kt, kh,
                 SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
                 BLOCK_Q: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     b = tl.program_id(0)
     token, valid = _place(tl.program_id(1), 0, Q, 1, 1, 1, BLOCK_Q, False)
-    key, length, zero = tl.arange(0, BLOCK_K), K, b * 0
-    if lengths is not None:
-        length = tl.minimum(tl.load(lengths + b), K)
-    keep = _keep(key, length, mask, b, mb, mq, token, valid)
+    key = tl.arange(0, BLOCK_K)
+    seen = _seen(key, K, lengths, mask, b)
     mean = tl.zeros((BLOCK_Q, BLOCK_K), dtype=out.dtype.element_ty)
-    for i in range(H):                                               # one program holds all heads of its queries
-        h = zero + i
-        query = _rows(_start(q, b, qb, zero, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
-        keys = _rows(_start(k, b, kb, zero, 0, h, kh, UNIT), key, key < length, kt, UNIT, D, BLOCK_D)
-        p, _, total = _softmax(query, keys, keep, SCALE, PRECISION, UPCAST)
+    for h in range(H):                                               # one program holds all heads of its queries
+        query = _rows(_start(q, b, qb, 0, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
+        keys = _rows(_start(k, b, kb, 0, 0, h, kh, UNIT), key, seen, kt, UNIT, D, BLOCK_D)
+        p, _, total = _softmax(query, keys, seen, SCALE, PRECISION, UPCAST)
         mean += p / tl.where(total > 0, total, 1.0)[:, None]
     at = b.to(tl.int64) * (Q * K) + token[:, None] * K + key[None, :]
     tl.store(out + at, mean / H, mask=valid[:, None] & (key < K)[None, :])

@@ -1,16 +1,18 @@
 """Sparse graph propagation: y = A x.      y[i] = sum over j in N(i) of a[i, j] x[j]      (LightGCN Eq. 3)
 
-Forward    every row of a CSR matrix is cut into pieces of at most PIECE neighbours; a program gathers ROWS pieces of
-           nearly equal length side by side and adds in float32. A row of one piece is written at once; the pieces of a
-           long row (a hub) go to a scratch and a second small kernel adds them in order.
-Backward   dx = A^T dy: the same walk over the transposed graph, which a symmetric graph shares with itself.
-Hops       sum_l w_l A^l x by Horner's rule, h = w_L x; h <- A h + w_l x: no stack of layers, and the derivative is the
-           same polynomial of A^T.
-No atomics: a fixed tree of additions, so the same bits every run. E D multiply-adds, E D reads; nothing of size E D is stored.
+Backward   dx = A^T dy: the same walk over the transpose, by the same function, so nothing is saved and second
+           derivatives work. A symmetric graph is its own transpose.
+Hops       sum_l w[l] A^l x by Horner's rule: h = w[L] x, then h <- A h + w[l] x for l = L-1 .. 0. No stack of layers,
+           no mean, and the derivative is the same polynomial of A^T.
+Kernel     every row is cut into pieces of at most PIECE entries, pieces are sorted by length, and a program gathers a
+           few of equal length side by side. A row of one piece is written at once; the partial sums of a long row are
+           rows of a scratch that the same kernel adds again, until one is left. So a hub is many short sums in
+           parallel, there is no atomic, and the result is one fixed tree of additions: the same bits every run.
+Cost       E D multiply-adds, E D gathered numbers (memory bound); nothing of size E D is ever stored.
 """
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,44 +23,44 @@ from kernels import backend, jit, on
 if TYPE_CHECKING:
     import triton.language as tl
 
-PIECE, ROWS = 32, 16          # neighbours in a piece, pieces in a program (measured without a GPU: see README)
+PIECE = 32              # entries of a piece: scratch traffic is 2 / PIECE of a long row's gathers
+TILE = 1024             # numbers a program holds: 8 per thread of 4 warps, two 16-byte loads for each of UNROLL entries
+UNROLL = 4              # entries in flight: the loop waits for memory, not for arithmetic
 
 
-# -- the plan ---------------------------------------------------------------------------------------------------------------
+# -- the plan -------------------------------------------------------------------------------------------------------
 
 
 class Graph:
     """A constant sparse matrix A (N_out, N_in) in CSR form, sorted by row, then column; duplicates are summed.
 
-    ptr (N_out + 1,) int32, col (E,) int32, weight (E,) float32. Built once; `g.T`, pieces and rows are kept or cheap.
+    ptr (N_out + 1,) int32, col (E,) int32, weight (E,) float32 (float64 if it was given so), all on one device.
+    The order in which edges come does not matter: the same edges give the same bits.
     """
 
-    def __init__(self, ptr, col, weight, shape, symmetric=False):
-        self.ptr, self.col, self.weight, self.shape, self.symmetric = ptr, col, weight, tuple(shape), symmetric
+    def __init__(self, ptr, col, weight, shape, symmetric=False, ones=False, users=None):
+        self.ptr, self.col, self.weight, self.shape = ptr, col, weight, tuple(shape)
+        self.symmetric, self.ones, self.users = symmetric, ones, users      # ones: weights need not be read
 
     @staticmethod
     def from_edges(row, col, shape, weight=None, symmetric=False):
         """A from a list of edges in any order.   row, col (E,) int; weight (E,) float or None = all ones
 
-        raises ValueError for an index out of range (first bad place), a weight that requires grad, 2^31 edges or more
+        symmetric   the caller knows that A = A^T, so no transpose is ever built
+        raises      ValueError for an index out of range (first bad place), a weight that requires grad, 2^31 edges or more
         """
-        if row.shape != col.shape or row.dim() != 1 or (weight is not None and weight.shape != row.shape):
-            raise ValueError(f"row {tuple(row.shape)}, col {tuple(col.shape)} and weight must be vectors of one length")
-        if row.is_floating_point() or col.is_floating_point() or len(row) >= 2**31:
-            raise ValueError("row and col must be integers, fewer than 2^31 of them")
-        if weight is not None and weight.requires_grad:
-            raise ValueError("edge weights are constants here; for a gradient use the dense matrix")
-        for name, index, size in (("row", row, shape[0]), ("col", col, shape[1])):
-            bad = ((index < 0) | (index >= size)).nonzero()
-            if len(bad):
-                raise ValueError(f"{name}[{int(bad[0])}] is {int(index[bad[0]])}, outside 0 .. {size - 1}")
+        _check_edges(row, col, shape, weight)
         key, order = (row.long() * shape[1] + col).sort(stable=True)
-        weight = torch.ones(len(row), device=row.device) if weight is None else weight.float()
-        key, place = torch.unique_consecutive(key, return_inverse=True)
-        weight = torch.zeros(len(key), device=row.device).index_add_(0, place, weight[order])
-        counts = torch.bincount(key // max(shape[1], 1), minlength=shape[0])
-        ptr = F.pad(counts.cumsum(0), (1, 0)).int()
-        return Graph(ptr, (key % max(shape[1], 1)).int(), weight, shape, symmetric)
+        double = weight is not None and weight.dtype == torch.float64
+        value = torch.ones(len(row), device=row.device) if weight is None else weight.double() if double else weight.float()
+        distinct, place = torch.unique_consecutive(key, return_inverse=True)
+        ones = weight is None and len(distinct) == len(key)
+        value = value[order]
+        if len(distinct) < len(key):               # index_put_ adds in a fixed order on a GPU, index_add_ does not
+            value = value.new_zeros(len(distinct)).index_put_((place,), value, accumulate=True)
+        source = distinct // max(shape[1], 1)
+        ptr = torch.searchsorted(source, torch.arange(shape[0] + 1, device=row.device)).int()
+        return Graph(ptr, (distinct - source * shape[1]).int(), value, shape, symmetric, ones)
 
     @staticmethod
     def bipartite(user, item, users, items):
@@ -66,6 +68,7 @@ class Graph:
 
         Nodes without an edge keep an empty row. `.R` (U, I) and `.RT` (I, U) are its two blocks.
         """
+        _check_edges(user, item, (users, items), None, ("user", "item"))
         row, col, n = torch.cat([user, item + users]), torch.cat([item + users, user]), users + items
         scale = torch.bincount(row, minlength=n).clamp(min=1).double().rsqrt()
         graph = Graph.from_edges(row, col, (n, n), (scale[row] * scale[col]).float(), symmetric=True)
@@ -74,179 +77,271 @@ class Graph:
 
     @staticmethod
     def from_knn(neighbours, weight=None):
-        """Directed item-item graph from neighbour lists (I, k); its transpose is another graph, built on first use."""
+        """Directed item-item graph of neighbour lists (I, k), row i pointing at neighbours[i]; its transpose is another graph."""
         rows = torch.arange(len(neighbours), device=neighbours.device).repeat_interleave(neighbours.shape[1])
         return Graph.from_edges(rows, neighbours.flatten(), (len(neighbours),) * 2, None if weight is None else weight.flatten())
 
     @cached_property
     def row_of(self):
-        """Row of every edge.   (E,) int64"""
-        return torch.repeat_interleave(torch.arange(self.shape[0], device=self.col.device), self.ptr.diff().long())
+        """Row of every entry.   (E,) int64"""
+        rows = torch.arange(self.shape[0], device=self.device)
+        return rows.repeat_interleave(self.ptr.diff().long(), output_size=self.nnz)
 
     @cached_property
     def T(self):
         """The transpose; a symmetric graph is its own."""
         if self.symmetric:
             return self
-        graph = Graph.from_edges(self.col.long(), self.row_of, self.shape[::-1], self.weight)
+        graph = Graph.from_edges(self.col, self.row_of, self.shape[::-1], None if self.ones else self.weight)
         graph.T = self
         return graph
 
     @cached_property
     def R(self):
-        """Upper right block (U, I) of a bipartite graph: what users receive from items."""
-        users, last = self.users, int(self.ptr[self.users])
+        """Upper right block (U, I) of a bipartite graph: what users receive from items. Shares its weights."""
+        users, last = self._split()
         return Graph(self.ptr[: users + 1], self.col[:last] - users, self.weight[:last], (users, self.shape[0] - users))
 
     @cached_property
     def RT(self):
-        """Lower left block (I, U) of a bipartite graph: what items receive from users."""
-        first = int(self.ptr[self.users])
-        graph = Graph(self.ptr[self.users :] - first, self.col[first:], self.weight[first:], (self.shape[0] - self.users, self.users))
-        graph.T = self.R
-        self.R.T = graph
+        """Lower left block (I, U) of a bipartite graph: what items receive from users. Shares columns and weights."""
+        users, first = self._split()
+        shape = (self.shape[0] - users, users)
+        graph = Graph(self.ptr[users:] - first, self.col[first:], self.weight[first:], shape)
+        graph.T, self.R.T = self.R, graph
         return graph
+
+    def _split(self):
+        if self.users is None:
+            raise ValueError("R and RT are blocks of Graph.bipartite(...); this graph is not one")
+        return self.users, int(self.ptr[self.users])
 
     def rows(self, index):
-        """The rows `index` (n,) of A as a graph (n, N_in); rows may repeat. Cheap: made anew for every batch."""
-        start, counts = self.ptr[index].long(), (self.ptr[index + 1] - self.ptr[index]).long()
-        ptr = F.pad(counts.cumsum(0), (1, 0))
-        edges = torch.arange(int(ptr[-1]), device=self.col.device) + torch.repeat_interleave(start - ptr[:-1], counts)
-        graph = Graph(ptr.int(), self.col[edges], self.weight[edges], (len(index), self.shape[1]))
-        graph.parent, graph.index = self, index
-        return graph
+        """The rows `index` (n,) of A as a graph (n, N_in); rows may repeat. Nearly free: meant to be made for every batch."""
+        return Rows(self, index)
 
     def to(self, device):
-        graph = Graph(self.ptr.to(device), self.col.to(device), self.weight.to(device), self.shape, self.symmetric)
-        if hasattr(self, "users"):
-            graph.users = self.users
-        return graph
+        move = [x.to(device) for x in (self.ptr, self.col, self.weight)]
+        return Graph(*move, self.shape, self.symmetric, self.ones, self.users)
 
     @property
     def nnz(self):
         return len(self.col)
 
+    @property
+    def device(self):
+        return self.ptr.device
+
     def dense(self):
-        return torch.zeros(self.shape, device=self.col.device).index_put_((self.row_of, self.col.long()), self.weight)
+        return self.weight.new_zeros(self.shape).index_put_((self.row_of, self.col.long()), self.weight, accumulate=True)
 
     @cached_property
     def pieces(self):
-        """(start, length, destination) of every piece, longest first, and the long rows' (row, first slot, slots).
+        """[(table (P, 3) int32, slots)], one per level: start, length and destination of every piece, longest first.
 
-        Destination >= 0 is a whole row, finished in place; -1 - s is slot s of the scratch.
+        Destination >= 0: the whole row, finished here. Destination -1 - s: slot s of this level's scratch, whose slots
+        are the entries of the next level. A row of 32 entries needs one level, of 1,024 two, of a million four.
         """
-        length = self.ptr.diff().long()
-        count = (length + PIECE - 1).div(PIECE, rounding_mode="floor").clamp(min=1)           # an empty row is one piece
-        row = torch.repeat_interleave(torch.arange(self.shape[0], device=length.device), count)
-        nth = torch.arange(len(row), device=row.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
-        size = (length[row] - nth * PIECE).clamp(max=PIECE)
-        long = count[row] > 1
-        slot = long.cumsum(0) - 1
-        table = torch.stack([self.ptr[:-1][row].long() + nth * PIECE, size, torch.where(long, -1 - slot, row)], 1).int()
-        table = table[size.argsort(descending=True, stable=True)].contiguous()
-        hubs = (count > 1).nonzero()[:, 0]
-        first = count[hubs].cumsum(0) - count[hubs]
-        return table, torch.stack([hubs, first, count[hubs]], 1).int().contiguous()
+        levels, ptr, rows = [], self.ptr.long(), torch.arange(self.shape[0], device=self.device)
+        while True:
+            length = ptr.diff()
+            count = (length + PIECE - 1).div(PIECE, rounding_mode="floor").clamp(min=1)      # an empty row: one empty piece
+            owner = torch.arange(len(count), device=self.device).repeat_interleave(count)
+            nth = torch.arange(len(owner), device=self.device) - (count.cumsum(0) - count)[owner]
+            size, long = (length[owner] - nth * PIECE).clamp(max=PIECE), count > 1
+            place = torch.where(long[owner], -long[owner].long().cumsum(0), rows[owner])
+            table = torch.stack([ptr[:-1][owner] + nth * PIECE, size, place], 1).int()
+            levels.append((table[size.argsort(descending=True, stable=True)], int(count[long].sum())))
+            if not levels[-1][1]:
+                return levels
+            rows, ptr = rows[long], F.pad(count[long].cumsum(0), (1, 0))
 
 
-# -- the definition -----------------------------------------------------------------------------------------------------------
+class Rows(Graph):
+    """Chosen rows of a graph. Two ways to the same product: walk these rows, or walk all and pick (when that is less)."""
+
+    def __init__(self, parent, index):
+        bad = ((index < 0) | (index >= parent.shape[0])).nonzero()
+        if index.dim() != 1 or index.is_floating_point() or len(bad):
+            wrong = f"index[{int(bad[0, 0])}] is {int(index[tuple(bad[0])])}" if len(bad) else f"this one is {tuple(index.shape)}"
+            raise ValueError(f"rows() takes a vector of integers in 0 .. {parent.shape[0] - 1}; {wrong}")
+        self.parent, self.index, self.shape = parent, index.long(), (len(index), parent.shape[1])
+        self.symmetric, self.ones, self.users = False, parent.ones, None
+
+    @cached_property
+    def ptr(self):
+        first = self.parent.ptr
+        return F.pad((first[self.index + 1] - first[self.index]).cumsum(0), (1, 0)).int()
+
+    @cached_property
+    def entries(self):
+        """Where these rows' entries stand in the parent.   (E,) int64"""
+        start = self.parent.ptr[self.index] - self.ptr[:-1]
+        total = int(self.ptr[-1])
+        counts = self.ptr.diff().long()
+        return start.repeat_interleave(counts, output_size=total) + torch.arange(total, device=self.device)
+
+    @cached_property
+    def col(self):
+        return self.parent.col[self.entries]
+
+    @cached_property
+    def weight(self):
+        return self.parent.weight[self.entries]
+
+    @property
+    def most(self):
+        """True if walking all rows is less work: an entry costs two walks to copy, and a GPU twenty launches for the plan."""
+        return self.parent.nnz < 3 * int(self.ptr[-1]) + (4_000_000 if self.device.type == "cuda" else 10_000)
+
+
+def _check_edges(row, col, shape, weight, names=("row", "col")):
+    if row.shape != col.shape or row.dim() != 1 or (weight is not None and weight.shape != row.shape):
+        raise ValueError(f"{names[0]} {tuple(row.shape)}, {names[1]} {tuple(col.shape)} and weight must be vectors of one length")
+    if row.is_floating_point() or col.is_floating_point() or max(len(row), *shape) >= 2**31:
+        raise ValueError(f"{names[0]} and {names[1]} must be integers, fewer than 2^31 of them, of a graph below 2^31 nodes")
+    if weight is not None and weight.requires_grad:
+        raise ValueError("edge weights are constants here; for a gradient use the dense matrix")
+    for name, index, size in zip(names, (row, col), shape, strict=True):
+        bad = ((index < 0) | (index >= size)).nonzero()
+        if len(bad):
+            raise ValueError(f"{name}[{int(bad[0])}] is {int(index[bad[0]])}, outside 0 .. {size - 1}")
+
+
+# -- the definition -------------------------------------------------------------------------------------------------
 
 
 def propagate_reference(graph, x):
-    """The definition, at PyTorch's best: columns as bags of rows of x. 2 to 4 times faster than sparse.mm on a CPU."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    if graph.nnz == 0 or x.shape[1] == 0:
-        return x.new_zeros(graph.shape[0], x.shape[1])
-    y = F.embedding_bag(graph.col, wide.contiguous(), graph.ptr, mode="sum", include_last_offset=True,
-                        per_sample_weights=graph.weight.to(wide.dtype))
-    return y.to(x.dtype)
+    """The definition, at PyTorch's best: columns as bags of rows of x. 3 to 4 times faster than sparse.mm on a CPU."""
+    return _hops_reference(graph, x, (0.0, 1.0))
 
 
-# -- the kernels ----------------------------------------------------------------------------------------------------------------
+def _hops_reference(graph, x, weights):
+    """Horner's rule in float32 (float64 for float64), rounded once at the end."""
+    wide = (x if x.dtype == torch.float64 else x.float()).contiguous()
+    value = graph.weight.to(wide.dtype)
+    if len(weights) == 1:
+        return (weights[0] * wide).to(x.dtype)
+    h = wide
+    for hop, (above, weight) in enumerate(zip(weights[:0:-1], weights[-2::-1], strict=True)):
+        scaled = value if hop or above == 1 else above * value      # w[L] times E weights, cheaper than times N D numbers
+        plain = graph.ones and scaled is value
+        if graph.nnz and x.shape[1]:
+            h = F.embedding_bag(graph.col, h, graph.ptr, mode="sum", include_last_offset=True,
+                                per_sample_weights=None if plain else scaled)
+        else:
+            h = wide.new_zeros(graph.shape[0], x.shape[1])
+        if weight:
+            h.add_(wide, alpha=weight)
+    return h.to(x.dtype)
+
+
+# -- the kernel -----------------------------------------------------------------------------------------------------
 
 
 @jit
-def _gather_kernel(pieces, col, weight, x, y, scratch, P, D, stride, WIDE: tl.constexpr, ROWS: tl.constexpr,
-                   BLOCK_D: tl.constexpr, ACC: tl.constexpr):
-    p = tl.program_id(0) * ROWS + tl.arange(0, ROWS)              # the pieces of this program
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)        # the feature columns it covers
+def row_offset(i, stride, WIDE: tl.constexpr):
+    """i * stride; in int64 if the host found that a product can pass 2^31."""
+    return i.to(tl.int64) * stride if WIDE else i * stride
+
+
+@jit
+def _walk_kernel(pieces, col, weight, x, z, y, scratch, mix, P, D, x_stride, z_stride, GATHER: tl.constexpr,
+                 WEIGHTED: tl.constexpr, MIX: tl.constexpr, WIDE: tl.constexpr, DOUBLE: tl.constexpr,
+                 ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr):
+    ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    p = tl.program_id(0) * ROWS + tl.arange(0, ROWS)                        # the pieces of this program
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]         # the feature columns it covers
     start = tl.load(pieces + 3 * p, mask=p < P, other=0)
     length = tl.load(pieces + 3 * p + 1, mask=p < P, other=0)
     place = tl.load(pieces + 3 * p + 2, mask=p < P, other=0)
     acc = tl.zeros((ROWS, BLOCK_D), dtype=ACC)
-    longest = tl.max(length)
-    e = 0
-    while e < longest:                                            # range(tensor) fails in Triton 3.6's interpreter
-        live = e < length
-        j = tl.load(col + start + e, mask=live, other=0)
-        j = j.to(tl.int64) if WIDE else j                         # N * D can pass 2**31
-        a = tl.load(weight + start + e, mask=live, other=0.0).to(ACC)
-        acc += a[:, None] * tl.load(x + j[:, None] * stride + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0).to(ACC)
-        e += 1
-    inside = (p < P)[:, None] & (d < D)[None, :]
-    row, slot = tl.maximum(place, 0).to(tl.int64), tl.maximum(-1 - place, 0).to(tl.int64)
-    tl.store(y + row[:, None] * D + d[None, :], acc.to(y.dtype.element_ty), mask=inside & (place >= 0)[:, None])
-    tl.store(scratch + slot[:, None] * D + d[None, :], acc, mask=inside & (place < 0)[:, None])
-
-
-@jit
-def _hub_kernel(hubs, scratch, y, D, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
-    h, d = tl.program_id(0), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    row, slot, count = tl.load(hubs + 3 * h).to(tl.int64), tl.load(hubs + 3 * h + 1).to(tl.int64), tl.load(hubs + 3 * h + 2)
-    acc = tl.zeros((BLOCK_D,), dtype=ACC)
+    longest = tl.max(length, 0)
     n = 0
-    while n < count:                                              # in order: the same bits every run
-        acc += tl.load(scratch + (slot + n) * D + d, mask=d < D, other=0.0)
-        n += 1
-    tl.store(y + row * D + d, acc.to(y.dtype.element_ty), mask=d < D)
+    while n < longest:                                                      # range(tensor) fails in Triton 3.6's interpreter
+        for u in tl.static_range(UNROLL):
+            live = n + u < length
+            e = start + n + u
+            j = tl.load(col + e, mask=live, other=0) if GATHER else e       # level 0 gathers rows of x, the rest adds slots
+            row = tl.load(x + row_offset(j, x_stride, WIDE)[:, None] + d, mask=live[:, None] & (d < D), other=0.0).to(ACC)
+            if WEIGHTED:
+                row *= tl.load(weight + e, mask=live, other=0.0).to(ACC)[:, None]
+            acc += row
+        n += UNROLL
+    whole = ((p < P) & (place >= 0))[:, None] & (d < D)
+    part = ((p < P) & (place < 0))[:, None] & (d < D)
+    tl.store(scratch + row_offset(-1 - place, D, WIDE)[:, None] + d, acc, mask=part)
+    if MIX:                                                                 # Horner's step in the same launch
+        own = tl.load(z + row_offset(place, z_stride, WIDE)[:, None] + d, mask=whole, other=0.0).to(ACC)
+        acc = tl.load(mix).to(ACC) * acc + tl.load(mix + 1).to(ACC) * own
+    tl.store(y + row_offset(place, D, WIDE)[:, None] + d, acc.to(y.dtype.element_ty), mask=whole)
 
 
-def block_d(width):
-    """Columns of a program: all of them up to 128, so that a neighbour's row is one burst of loads."""
-    return min(128, max(16, 1 << (width - 1).bit_length()))
+def tile(width):
+    """(pieces, columns) of a program: a neighbour's row is one burst of loads, up to 128 columns of it."""
+    columns = min(128, max(16, 1 << (width - 1).bit_length()))
+    return TILE // columns, columns
 
 
-def _propagate_triton(graph, x):
-    import triton.language as tl
+@lru_cache(maxsize=256)
+def _mix_table(weights, dtype, device):
+    """Factors of A h and of x for every hop, first hop first.   (L, 2)   Python numbers would reach a kernel as float32"""
+    rows = [(1.0 if hop else weights[-1], w) for hop, w in enumerate(weights[-2::-1])]
+    return torch.tensor(rows, dtype=dtype, device=device)
 
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    (pieces, hubs), width = graph.pieces, x.shape[1]
+
+def _hop_triton(graph, x, z, mix):
+    """A x, or mix[0] A x + mix[1] z: one launch a level, one level unless a row has more than PIECE entries."""
+    width, double = x.shape[1], x.dtype == torch.float64
     y = x.new_empty(graph.shape[0], width)
-    if y.numel() == 0:
-        return y
-    total = torch.float64 if x.dtype == torch.float64 else torch.float32
-    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
-    scratch = torch.empty(max(int(hubs[:, 2].sum()), 1), width, dtype=total, device=x.device)
-    wide = max(x.shape[0] * x.stride(0), y.numel()) >= 2**31
-    block = block_d(width)
-    with on(x):
-        grid = (-(-len(pieces) // ROWS), -(-width // block))
-        _gather_kernel[grid](pieces, graph.col, graph.weight, x, y, scratch, len(pieces), width, x.stride(0), WIDE=wide,
-                             ROWS=ROWS, BLOCK_D=block, ACC=acc, num_warps=4)
-        if len(hubs):
-            _hub_kernel[(len(hubs), grid[1])](hubs, scratch, y, width, BLOCK_D=block, ACC=acc, num_warps=2)
+    rows, columns = tile(width)
+    source = x
+    for level, (table, slots) in enumerate(graph.pieces):
+        scratch = torch.empty(slots, width, dtype=torch.float64 if double else torch.float32, device=x.device) if slots else y
+        wide = max(source.shape[0] * source.stride(0), len(z) * z.stride(0), y.numel(), scratch.numel()) >= 2**31
+        _walk_kernel[(-(-len(table) // rows), -(-width // columns))](
+            table, graph.col, graph.weight, source, z, y, scratch, y if mix is None else mix, len(table), width,
+            source.stride(0), z.stride(0), GATHER=level == 0, WEIGHTED=level == 0 and not graph.ones, MIX=mix is not None,
+            WIDE=wide, DOUBLE=double, ROWS=rows, BLOCK_D=columns, UNROLL=UNROLL, num_warps=4, enable_fp_fusion=True)
+        source = scratch
     return y
 
 
-# -- autograd and the public functions ------------------------------------------------------------------------------------------
+def _hops_triton(graph, x, weights):
+    if len(weights) == 1:
+        return weights[0] * x
+    x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    if not graph.shape[0] * x.shape[1]:
+        return x.new_empty(graph.shape[0], x.shape[1])
+    h, plain = x, weights == (0.0, 1.0)
+    mix = [None] if plain else _mix_table(weights, torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
+    with on(x):
+        for step in mix:
+            h = _hop_triton(graph, h, x, step)
+    return h
 
 
-class _Propagate(torch.autograd.Function):
-    """Nothing is saved; the backward is a propagation too, so second derivatives work."""
+# -- autograd and the public functions ------------------------------------------------------------------------------
+
+
+class _Hops(torch.autograd.Function):
+    """sum_l weights[l] A^l x. Nothing is saved; backward is the same function of A^T."""
 
     @staticmethod
-    def forward(ctx, graph, x):
-        ctx.graph = graph
-        return _propagate_triton(graph, x) if backend(x) == "triton" else propagate_reference(graph, x)
+    def forward(ctx, x, graph, weights, path):
+        ctx.graph, ctx.weights, ctx.path = graph, weights, path
+        walk = _hops_triton if path == "triton" else _hops_reference
+        if isinstance(graph, Rows) and graph.most:
+            return walk(graph.parent, x, weights)[graph.index]
+        return walk(graph, x, weights)
 
     @staticmethod
     def backward(ctx, dy):
         graph = ctx.graph
-        if hasattr(graph, "parent"):                              # some rows of A: (P A)^T dy = A^T (P^T dy), nothing to sort
-            dy = dy.new_zeros(graph.parent.shape[0], dy.shape[1]).index_add(0, graph.index, dy)
-            graph = graph.parent
-        return None, propagate(graph.T, dy)
+        if isinstance(graph, Rows):                  # some rows of A: (P A)^T dy = A^T (P^T dy), nothing to sort;
+            dy = dy.new_zeros(graph.parent.shape[0], dy.shape[1]).index_put((graph.index,), dy, accumulate=True)
+            graph = graph.parent                     # index_put adds in a fixed order on a GPU, index_add does not
+        return _Hops.apply(dy, graph.T, ctx.weights, ctx.path), None, None, None
 
 
 def propagate(graph, x):
@@ -254,48 +349,52 @@ def propagate(graph, x):
 
     Several right-hand sides are columns: stack them, one walk serves all. raises ValueError for another shape or device
     """
+    _check_input(graph, x)
+    return _Hops.apply(x, graph, (0.0, 1.0), backend(x))
+
+
+def mix_hops(graph, x, weights):
+    """sum_l weights[l] A^l x; LightGCN's mean of L + 1 layers is weights = [1 / (L + 1)] * (L + 1).
+
+    weights are numbers, lowest hop first.   x (N, D) -> (N, D), same dtype
+    """
+    if graph.shape[0] != graph.shape[1] or not len(weights):
+        raise ValueError(f"hops need a square graph and at least one weight; the graph is {graph.shape}, weights {list(weights)}")
+    if any(isinstance(w, torch.Tensor) for w in weights):
+        raise ValueError("hop weights are numbers here, not tensors; call propagate once a hop to learn them")
+    _check_input(graph, x)
+    return _Hops.apply(x, graph, tuple(float(w) for w in weights), backend(x))
+
+
+def _check_input(graph, x):
     if x.dim() != 2 or x.shape[0] != graph.shape[1]:
         raise ValueError(f"x is {tuple(x.shape)}; a graph {graph.shape} needs ({graph.shape[1]}, D)")
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}; propagation needs floating-point numbers")
-    if x.device != graph.col.device:
-        raise ValueError(f"x is on {x.device}, the graph on {graph.col.device}: move it with graph.to(device)")
-    return _Propagate.apply(graph, x)
-
-
-def mix_hops(graph, x, weights):
-    """sum_l weights[l] A^l x by Horner's rule; LightGCN's mean of L + 1 layers is weights = [1 / (L + 1)] * (L + 1).
-
-    weights are numbers, lowest hop first.   x (N, D) -> (N, D)
-    """
-    if graph.shape[0] != graph.shape[1] or not len(weights):
-        raise ValueError(f"hops need a square graph and at least one weight; the graph is {graph.shape}, weights {list(weights)}")
-    h = weights[-1] * x
-    for weight in reversed(weights[:-1]):
-        h = torch.add(propagate(graph, h), x, alpha=weight)
-    return h
+    if x.device != graph.device:
+        raise ValueError(f"x is on {x.device}, the graph on {graph.device}: move it with graph.to(device)")
 
 
 def knn(features, k, block=2048):
     """The k most similar rows by cosine, the row itself included, without an (I, I) matrix.
 
     features (I, C) -> neighbours (I, k) int64, similarities (I, k) float32, best first; ties: lower index first
-    raises ValueError for a zero row (its cosine is undefined) or k outside 1 .. I
+    raises ValueError for a row that is zero or not finite (it has no direction) or k outside 1 .. I
     """
+    if features.dim() != 2 or not 1 <= k <= len(features):
+        raise ValueError(f"k={k} neighbours in features {tuple(features.shape)}: a matrix with at least k rows is needed, k >= 1")
     norm = features.float().norm(dim=1, keepdim=True)
-    if not 1 <= k <= len(features):
-        raise ValueError(f"k={k} neighbours of {len(features)} rows: choose 1 to {len(features)}")
-    if (norm == 0).any():
-        raise ValueError(f"feature row {int((norm[:, 0] == 0).nonzero()[0])} is zero: it has no direction to compare")
+    bad = (~((norm > 0) & (norm < torch.inf))).nonzero()
+    if len(bad):
+        raise ValueError(f"feature row {int(bad[0, 0])} is zero or not finite: it has no direction to compare")
     unit, found, values = features.float() / norm, [], []
-    for rows in unit.split(block):
-        similarity = rows @ unit.T                                                        # (block, I)
+    for rows in unit.split(max(1, min(block, 2**27 // len(unit)))):                      # at most 512 MiB of similarities
+        similarity = rows @ unit.T                                                       # (block, I)
         top, index = similarity.topk(k, dim=1)
-        worst = top[:, -1:]
-        crowd = ((similarity >= worst).sum(1) > k).nonzero()[:, 0]                         # a tie across the border
+        crowd = ((similarity >= top[:, -1:]).sum(1) > k).nonzero()[:, 0]                 # a tie across the border
         if len(crowd):
             top[crowd], index[crowd] = (t[:, :k] for t in similarity[crowd].sort(dim=1, descending=True, stable=True))
-        index, order = index.sort(dim=1)
+        index, order = index.sort(dim=1)                                                 # and ties within the k
         top, order = top.gather(1, order).sort(dim=1, descending=True, stable=True)
         found.append(index.gather(1, order))
         values.append(top)

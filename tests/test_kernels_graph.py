@@ -62,12 +62,13 @@ def test_sums_are_wide_for_narrow_numbers(path, dtype, limit, device):
     assert y.dtype == dtype and error(y.cpu(), dense(row, col, (40, 40)) @ x.double())[0] < limit
 
 
-@pytest.mark.parametrize("count", [31, 32, 33, 64, 65])
-def test_rows_are_cut_into_pieces_without_loss(count, device):
+@pytest.mark.parametrize("count, levels", [(31, 1), (32, 1), (33, 2), (64, 2), (1024, 2), (1025, 3)])
+def test_rows_are_cut_into_pieces_without_loss(count, levels, device):
     row, col = torch.zeros(count, dtype=torch.long), torch.arange(count)
     graph = Graph.from_edges(row, col, (2, count)).to(device)
-    pieces, hubs = graph.pieces
-    assert int(pieces[:, 1].sum()) == count and int(pieces[:, 1].max()) <= 32 and len(hubs) == (count > 32)
+    assert len(graph.pieces) == levels
+    table, slots = graph.pieces[0]
+    assert int(table[:, 1].sum()) == count and int(table[:, 1].max()) <= 32 and (slots > 0) == (count > 32)
     with kernels.use("triton"):
         y = propagate(graph, torch.ones(count, 3, device=device))
     assert y.tolist() == [[count] * 3, [0] * 3]
@@ -156,7 +157,7 @@ def test_knn_finds_the_nearest_and_breaks_ties_by_index(block):
     assert torch.equal(values, right[:, :7]) and torch.equal(ids, order[:, :7])
     with pytest.raises(ValueError, match="feature row 4 is zero"):
         knn(torch.cat([x[:4], torch.zeros(1, 4)]), 2)
-    with pytest.raises(ValueError, match="k=61 neighbours of 60 rows"):
+    with pytest.raises(ValueError, match="k=61 neighbours in features"):
         knn(x, 61)
 
 

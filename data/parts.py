@@ -1,0 +1,123 @@
+"""Rows, parts and pixels that the loaders of captions, stories and videos share."""
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.batches import seed_from
+
+MARGIN = 76 / 64                      # AttnGAN: the short side is resized to int(size * 76 / 64), then size is cropped
+CACHE = 512 * 2**20                   # bytes of decoded pictures kept in memory
+
+
+class Lazy(Sequence):
+    """n values that are made when asked for."""
+
+    def __init__(self, n, make):
+        self.n, self.make = n, make
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        if not -self.n <= i < self.n:
+            raise IndexError(i)
+        return self.make(i % self.n)
+
+
+# -- pixels -----------------------------------------------------------------------------------------------------------
+
+
+def to_tensor(pictures):
+    """uint8 (h, w, 3) pictures of one size -> (B, 3, h, w) float32 in [-1, 1]"""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+def cropped(fetch, size, flip):
+    """fetch(row) -> uint8 (h, w, 3), h, w >= size, as the `pictures` of a data set."""
+    return lambda rows, seed: to_tensor([crop(fetch(row), size, flip, seed, row) for row in rows])
+
+
+def crop(picture, size, flip, seed, row):
+    """A size x size window of a uint8 picture: at random, and mirrored half of the time, or from the centre."""
+    high, wide = picture.shape[0] - size, picture.shape[1] - size
+    if seed is None:
+        top, left, mirror = high // 2, wide // 2, False
+    else:
+        draw = seed_from(seed, row)
+        top, left, mirror = draw % (high + 1), (draw >> 16) % (wide + 1), flip and draw >> 32 & 1
+    window = picture[top : top + size, left : left + size]
+    return window[:, ::-1] if mirror else window
+
+
+def shrink(image, size, margin=MARGIN):
+    """RGB Pillow image -> uint8 array whose short side is int(size * margin); bilinear over the covered area."""
+    short = int(size * margin)
+    scale = short / min(image.size)
+    target = [short if side == min(image.size) else max(short, int(side * scale)) for side in image.size]
+    return np.asarray(image if image.size == tuple(target) else image.resize(target, Image.BILINEAR))
+
+
+def cached(decode, budget=CACHE):
+    """decode(row) that keeps its results until they fill `budget` bytes."""
+    kept, left = {}, [budget]
+
+    def fetch(row):
+        if row in kept:
+            return kept[row]
+        picture = decode(row)
+        if left[0] >= picture.nbytes:
+            kept[row], left[0] = picture, left[0] - picture.nbytes
+        return picture
+
+    return fetch
+
+
+# -- splits ---------------------------------------------------------------------------------------------------------
+
+
+def set_aside(groups, share):
+    """Rows of whole groups that hold about `share` of all rows; which ones depends on the groups' names alone."""
+    order = sorted(set(groups), key=lambda g: (zlib.crc32(str(g).encode()), str(g)))
+    rows_of = {}
+    for row, group in enumerate(groups):
+        rows_of.setdefault(group, []).append(row)
+    chosen = []
+    for group in order:
+        if len(chosen) >= share * len(groups):
+            break
+        chosen += rows_of[group]
+    return sorted(chosen)
+
+
+def two_parts(read, parts, split, holdout, group):
+    """Sets that come as two files: the second is "test", and `holdout` of the first becomes "valid".
+
+    read(part) -> data set; group(data set) -> N keys that stay on one side, so that near copies do not leak.
+    """
+    if split == "test":
+        return read(parts[1])
+    data = read(parts[0])
+    valid = set_aside(group(data), holdout)
+    rows = valid if split == "valid" else sorted(set(range(len(data))) - set(valid))
+    if not rows:
+        raise ValueError(f"the {split} part of {data.name} is empty: {len(data)} rows with holdout={holdout}")
+    return data.select(rows)
+
+
+def by_name(data, split):
+    """80 / 10 / 10 by a hash of each name, so that new files never move old ones to another part."""
+    bucket = [zlib.crc32(str(name).encode()) % 10 for name in data.names]
+    wanted = {"train": range(8), "valid": (8,), "test": (9,)}[split]
+    rows = [row for row, b in enumerate(bucket) if b in wanted]
+    if not rows:
+        raise ValueError(f"{data.name}: none of its {len(data)} pictures fell into the {split} part; add pictures or "
+                         "make folders train/, valid/ and test/")
+    return data.select(rows)
+
+
+def check_split(split):
+    if split not in ("train", "valid", "test"):
+        raise ValueError(f"split {split!r} is unknown; it is train, valid or test")
