@@ -304,3 +304,21 @@ def load_object_array(path, hint=""):
             return read_arrays(path)
         found = load_pickle(file.read(), hint=str(path))
     return found.item() if isinstance(found, np.ndarray) and found.ndim == 0 else found
+
+
+# -- HDF5, which is optional ----------------------------------------------------------------------------------------
+
+
+def open_hdf5(path, hint=""):
+    """An open h5py file, if h5py happens to be installed; this project does without it everywhere else."""
+    if not Path(path).is_file():
+        raise missing(path, hint)
+    try:
+        import h5py
+    except ImportError as error:
+        raise ValueError(f"{path} is an HDF5 file and the package h5py is not installed: type  pip install h5py , or "
+                         "convert the file to .npz where it is") from error
+    try:
+        return h5py.File(path, "r")
+    except DAMAGED as error:
+        raise ValueError(f"{path} is not an HDF5 file, or it is cut ({reason(error)}); copy it again") from error

@@ -37,11 +37,11 @@ def held_out():
     """Which combinations are kept for the split "unseen".   -> (8, 8, 3) bool, True for 24 of 192
 
     One random permutation a texture: every shape and every colour is held out three times, every texture eight times,
-    so nothing about one attribute can be learnt from another.
+    and no shape with its colour twice (the seed was chosen for that), so one attribute says little about another.
     """
     kept = torch.zeros(len(SHAPES), len(COLOUR), len(TEXTURES), dtype=torch.bool)
     for t in range(len(TEXTURES)):
-        kept[torch.arange(len(SHAPES)), torch.randperm(len(COLOUR), generator=generator(1701, t)), t] = True
+        kept[torch.arange(len(SHAPES)), torch.randperm(len(COLOUR), generator=generator(1703, t)), t] = True
     return kept
 
 
@@ -65,16 +65,19 @@ def choose(u, allowed):
     return (allowed.cumsum(-1) > rank[..., None]).int().argmax(-1)
 
 
-def scenes(index, seed=0, split="train", objects=(1, 3)):
+def scenes(index, seed=0, split="train", objects=(1, 3), count=None, view=0):
     """Draw scenes.   index: rows of the split; objects: least and most in a picture -> dict of tensors
+
+    count (B,) fixes how many each has; views are told apart by a number, so that no two share their scenes.
 
     present (B, O) bool; shape, colour, texture, size (B, O) int64; centre (B, O, 2), radius, angle, tone (B, O) float32;
     background, pattern, key (B,) int64; light (B,) float32. Objects keep apart and inside the picture.
     """
-    key = keys(index, seed, split)
+    key = keys(index, seed, split, view)
     slots = objects[1]
     u = uniform(key, 4 + 6 * slots)
-    count = objects[0] + (u[:, 0] * (slots - objects[0] + 1)).long()
+    if count is None:
+        count = objects[0] + (u[:, 0] * (slots - objects[0] + 1)).long()
     of = u[:, 4:].view(-1, 6, slots)                                       # (B, 6, O)
     combination = choose(of[:, 0], (HELD_OUT if split == "unseen" else ~HELD_OUT).flatten())
     size = (of[:, 1] * 2).long()
@@ -143,9 +146,9 @@ def one(chance, options):
     return options[next(chance) % len(options)]
 
 
-def chances(key, k):
-    """B streams of random integers for sentence k of each row; 40 each, more than any sentence takes."""
-    return [iter(row) for row in hashed(key ^ seed_from(2, k), 40).tolist()]
+def chances(key, k, n=40):
+    """B streams of n random integers for sentence k of each row; 40 are more than any caption takes."""
+    return [iter(row) for row in hashed(key ^ seed_from(2, k), n).tolist()]
 
 
 def alias(chance, word):
@@ -159,11 +162,12 @@ def article(phrase):
 def noun(chance, thing, told):
     """"small striped red star", with the told attributes only; without its shape it is a "shape"."""
     textured = "texture" in told and thing["texture"] != "plain"
-    after = textured and one(chance, (True, False, False))                 # "star with stripes"
-    words = [alias(chance, thing["size"])] if "size" in told else []
-    words += [alias(chance, thing["texture"])] if textured and not after else []
+    after = one(chance, (True, False, False)) and textured                 # "star with stripes"
+    size, texture, shape = (alias(chance, thing[a]) for a in ("size", "texture", "shape"))       # always four draws: one
+    words = [size] if "size" in told else []                               # changed attribute changes no other word
+    words += [texture] if textured and not after else []
     words += [thing["colour"]] if "colour" in told else []
-    words += [alias(chance, thing["shape"]) if "shape" in told else "shape"]
+    words += [shape if "shape" in told else "shape"]
     words += [{"striped": "with stripes", "dotted": "with dots"}[thing["texture"]]] if after else []
     return " ".join(words)
 
@@ -275,7 +279,8 @@ KINDS = ("mug", "poster", "cushion", "lamp", "bag", "clock", "plate", "scarf")  
 MATERIALS = ("wooden", "glass", "linen", "steel", "paper", "clay")                           # and pictures do not show
 OTHER = """a an and against background on in the of there is are with picture no one two three stripes dots shape shapes
     left right above below over under next beside to at top bottom middle it they meets goes into stands walks jumps stand
-    walk jump dances for how many what which way does do thing things that moves moving move turns turning turn stays still
+    walk jump dances for how many what which way does do thing things that moves moving move turns stays still
+    moving rotating static doing come many
     more fewer as than same colour size direction first before after yes up down 0 1 2 3"""
 
 

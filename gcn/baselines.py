@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gcn.mgcn import MGCN, bpr, half_square, user_item_graph
-from kernels.graph import Graph, propagate
+from gcn.mgcn import MGCN, bpr, half_square
 
 
 class LightGCN(MGCN):
@@ -55,18 +54,25 @@ def popularity(train, users, items):
 
 
 def item_knn(train, users, items, k=20):
-    """Item-based nearest neighbours: a user's score is the sum of their items' cosines to i, the k largest per item kept.
+    """Item-based neighbours: a user's score for i is the sum of cosines between i and their items, k kept per item.
 
-    Cosine of two items = shared users / sqrt(users of one * users of the other).   -> users (U, I), items (I, I) = identity,
-    so for small catalogues only: the score table is dense.
+    Cosine = shared users / sqrt(users of one * users of the other).   -> users (U, I) clicks, items (I, I) cosines:
+    dense tables, so for catalogues of some ten thousand items
     """
-    clicks = torch.zeros(items, users, device=train.device).index_put_((train[:, 1], train[:, 0]), torch.ones((), device=train.device))
-    clicks = F.normalize(clicks, dim=1)
-    cosine = (clicks @ clicks.T).fill_diagonal_(0)                              # (I, I)
+    clicks = torch.zeros(items, users, device=train.device)
+    clicks[train[:, 1], train[:, 0]] = 1.0
+    unit = F.normalize(clicks, dim=1)
+    cosine = (unit @ unit.T).fill_diagonal_(0)                                  # (I, I)
     value, near = cosine.topk(min(k, items), 1)
-    cosine = torch.zeros_like(cosine).scatter_(1, near, value)                  # row i: what item i takes from others
-    graph = Graph.from_edges(train[:, 0], train[:, 1], (users, items))
-    return propagate(graph, cosine.T.contiguous()), torch.eye(items, device=train.device)
+    return clicks.T.contiguous(), torch.zeros_like(cosine).scatter_(1, near, value)     # row i: what i takes from others
 
 
-__all__ = ["LightGCN", "VBPR", "item_knn", "loss", "popularity", "user_item_graph"]
+class Counted(nn.Module):
+    """A rival without parameters behind the same call: model() -> users, items."""
+
+    def __init__(self, tables):
+        super().__init__()
+        self.tables = tables
+
+    def forward(self):
+        return self.tables

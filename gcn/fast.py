@@ -45,6 +45,32 @@ class _MeanHops(torch.autograd.Function):
         return None, h, None, None
 
 
+class _Purify(torch.autograd.Function):
+    """Z_m = E_i * sigmoid(X_m W_m^T + w_m) of every modality, side by side.   -> (I, M, D)
+
+    E (I, D), w (M, D), then M features (I, d_m), then M weights (D, d_m)
+    """
+
+    @staticmethod
+    def forward(ctx, E, w, *rest):
+        M = len(w)
+        G = E.new_empty(len(E), M, E.shape[1])
+        for m in range(M):
+            torch.addmm(w[m], rest[m], rest[M + m].T, out=G[:, m])
+        ctx.save_for_backward(E, G.sigmoid_(), *rest)
+        return E[:, None] * G
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dZ):
+        E, G, *rest = ctx.saved_tensors
+        M = G.shape[1]
+        dP = torch.ops.aten.sigmoid_backward(dZ * E[:, None], G)                # (I, M, D) before the sigmoid
+        dX = [dP[:, m] @ rest[M + m] if ctx.needs_input_grad[2 + m] else None for m in range(M)]
+        dW = [dP[:, m].T @ rest[m] for m in range(M)]
+        return (dZ * G).sum(1), dP.sum(0), *dX, *dW
+
+
 class _Fuse(torch.autograd.Function):
     """The fuser, Eq. 11-15, in closed form.   C (n, D), E (n, M, D) -> M (n, D)
 
@@ -128,13 +154,14 @@ def stacked_graphs(model):
     return model.stacked
 
 
-def purify(model, m):
-    """Eq. 1-2 as one linear layer; a model with its own purifier (an adapter) keeps it."""
+def purify(model):
+    """Eq. 1-2 of all modalities, two linear layers as one; a model with its own purifier (an adapter) keeps it.   -> (I, M, D)"""
     if not model.cfg.purify or type(model).purify is not MGCN.purify:
-        return model.purify(m)
-    gate, project = model.gate[m], model.project[m]
-    weight, bias = gate.weight @ project.weight, gate.weight @ project.bias + gate.bias
-    return model.item.weight * torch.sigmoid(F.linear(model.features[m], weight, bias))
+        return torch.stack([model.purify(m) for m in model.modalities], 1)
+    pairs = [(model.project[m], model.gate[m]) for m in model.modalities]
+    bias = torch.stack([gate.weight @ project.bias + gate.bias for project, gate in pairs])
+    return _Purify.apply(model.item.weight, bias, *(model.features[m] for m in model.modalities),
+                         *(gate.weight @ project.weight for project, gate in pairs))
 
 
 def views(model, rows):
@@ -145,10 +172,10 @@ def views(model, rows):
     if not M:
         return behaviour, torch.zeros_like(behaviour)
     content, looks = stacked_graphs(model)
-    x = torch.stack([purify(model, m) for m in model.modalities], 1)            # (I, M, D)
+    x = purify(model)                                         # (I, M, D)
     for _ in range(cfg.item_layers if cfg.item_view else 0):
-        x = propagate(looks, x.view(-1, cfg.dim))
-    x = propagate(content.rows(rows), x.view(model.items, -1)).view(len(rows), M, cfg.dim)
+        x = propagate(looks, x.reshape(-1, cfg.dim))
+    x = propagate(content.rows(rows), x.reshape(model.items, -1)).view(len(rows), M, cfg.dim)
     if cfg.fuser != "baf" or M == 1:                          # the rivals of the fuser are cheap: the naive page's lines
         return behaviour, model.fuse(behaviour, x.unbind(1))
     first, _, last = model.query

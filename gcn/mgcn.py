@@ -91,8 +91,11 @@ class MGCN(nn.Module):
         behaviour = self.user_item_view()
         if not self.modalities:
             return behaviour, torch.zeros_like(behaviour)
-        content = [self.with_users(self.item_item_view(m, self.purify(m))) for m in self.modalities]
-        return behaviour, self.fuse(behaviour, content)
+        return behaviour, self.fuse(behaviour, self.content())
+
+    def content(self):
+        """E_m of every modality, users first.   -> M x (N, D)"""
+        return [self.with_users(self.item_item_view(m, self.purify(m))) for m in self.modalities]
 
     def purify(self, m):
         """Behaviour-guided purifier, Eq. 1-2: Z_m = E_i * sigmoid(P_m W2 + b2), P_m = X_m W1 + b1.   -> (I, D)"""

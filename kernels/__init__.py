@@ -118,6 +118,7 @@ class jit:
             import triton
             import triton.language
             self.made = triton.jit(self.function)
+            self.made.real = self.real
             scope = self.function.__globals__
             scope["tl"] = triton.language
             for name, value in list(scope.items()):

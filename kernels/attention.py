@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels import backend, dot, interpreting, jit, matrix_units, on
@@ -38,11 +39,11 @@ def cross_attention_reference(q, k, v, lengths=None, scale=None, mask=None):
     return out if blind is None else out.masked_fill(blind[..., None, None], 0)
 
 
-def frame_story_reference(q, kf, vf, ks, vs, gate, cells, board, q_story=None, lengths=None):
+def frame_story_reference(q, kf, vf, ks, vs, gate, cells, board, q_story=None, lengths=None, scale=None):
     """Cut the board into cells, attend to each frame's words, paste; add gate times attention to the story."""
     frames = cross_attention_reference(cut(q, cells, board), kf.flatten(0, 1), vf.flatten(0, 1),
-                                       None if lengths is None else lengths.flatten())
-    story = cross_attention_reference(q if q_story is None else q_story, ks, vs)
+                                       None if lengths is None else lengths.flatten(), scale)
+    story = cross_attention_reference(q if q_story is None else q_story, ks, vs, None, scale)
     return paste(frames, cells, board) + gate * story
 
 
@@ -50,14 +51,14 @@ def cut(x, cells, board):
     """Tokens of a board, row by row -> tokens of its cells.   (B, h w, H, D) -> (B r c, h/r w/c, H, D)"""
     (r, c), (h, w) = cells, board
     x = x.unflatten(1, (r, h // r, c, w // c)).transpose(2, 3)            # (B, r, c, h/r, w/c, H, D)
-    return x.reshape(-1, h // r * (w // c), *x.shape[-2:])
+    return x.reshape(len(x) * r * c, h // r * (w // c), *x.shape[-2:])
 
 
 def paste(x, cells, board):
     """The inverse of `cut`."""
     (r, c), (h, w) = cells, board
-    x = x.unflatten(1, (h // r, w // c)).unflatten(0, (-1, r, c)).transpose(2, 3)
-    return x.reshape(-1, h * w, *x.shape[-2:])
+    x = x.unflatten(1, (h // r, w // c)).unflatten(0, (len(x) // (r * c), r, c)).transpose(2, 3)
+    return x.reshape(len(x), h * w, *x.shape[-2:])
 
 
 def attention_map_reference(q, k, lengths=None, mask=None, scale=None):
@@ -255,3 +256,309 @@ def _map_kernel(q, k, lengths, mask, out, Q, K, H, qb, qt, qh, kb, kt, kh,
         mean += p / tl.where(total > 0, total, 1.0)[:, None]
     at = b.to(tl.int64) * (Q * K) + token[:, None] * K + key[None, :]
     tl.store(out + at, mean / H, mask=valid[:, None] & (key < K)[None, :])
+
+
+# -- launching ---------------------------------------------------------------------------------------------------
+
+# (queries per program, warps) by padded head width 16, 32, 64, 128, 256 for 128 keys; a block of 16 keys uses the same
+# row. None: no tile without spills, the reference runs. "80": capability 8.0; "86": 8.x and 12.x, 99 KiB of shared
+# memory; "90": 9.x and 10.x. Read off kernels.check (clean and fits); which is fastest is *not yet measured*.
+TILES = {
+    ("forward", "half", "80"): ((64, 4), (64, 4), (64, 4), (64, 8), (32, 8)),
+}
+
+
+def _tile(kind, x, keys):
+    """(queries, warps) of kernel `kind` for queries x (..., D) and so many keys, or None."""
+    if not x.is_cuda:
+        return 16, 4                                                  # the interpreter knows no registers
+    major, minor = torch.cuda.get_device_capability(x.device)
+    chip = "90" if major in (9, 10) else "80" if (major, minor) == (8, 0) else "86"
+    kind_of = "half" if x.element_size() == 2 else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float"
+    width, block = _blocks(x.shape[-1], keys)
+    row = TILES.get((kind, kind_of + (" 256" if block == 256 else ""), chip), (None,) * 5)
+    return row[width.bit_length() - 5]
+
+
+def _blocks(width, keys):
+    """Padded head width and number of keys: powers of two, as Triton's tiles are."""
+    return max(16, 1 << (width - 1).bit_length()), 16 if keys <= 16 else 128 if keys <= 128 else 256
+
+
+def _settings(kind, q, keys, scale, *tensors):
+    """Constants and options of a launch, the same function of shape, dtype and device every time."""
+    queries, warps = _tile(kind, q, keys)
+    width, block = _blocks(q.shape[-1], keys)
+    unit = 8 if all(stride % 8 == 0 for x in (q, *tensors) for stride in x.stride()[:-1]) else 1
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    precision = ("tf32" if tf32 else "tf32x3") if q.dtype == torch.float32 else "ieee"
+    return unit, {"SCALE": scale, "D": q.shape[-1], "BLOCK_D": width, "BLOCK_K": block, "BLOCK_Q": queries,
+                  "UNIT": unit, "PRECISION": precision, "UPCAST": interpreting(), "num_warps": warps,
+                  "num_stages": 1, "enable_fp_fusion": True}
+
+
+def _strides(x, unit):
+    return [stride // unit for stride in x.stride()[:-1]]
+
+
+def _sums(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _forward(kind, q, k, v, lengths, mask, scale, want_lse=False):
+    """Launch the cross-attention kernel, or (kind "map") the map kernel.   q (B, Q, H, D), k, v (B, K, H, D)"""
+    (B, Q, H, _), K = q.shape, k.shape[1]
+    unit, settings = _settings(kind, q, K, scale, k)
+    sizes = (Q, K, H, *_strides(q, unit), *_strides(k, unit))
+    tiles, lse = -(-Q // settings["BLOCK_Q"]), None
+    with on(q):
+        if kind == "map":
+            out = torch.empty((B, Q, K), dtype=_sums(q), device=q.device)
+            _map_kernel[(B, tiles)](q, k, lengths, mask, out, *sizes, **settings)
+        else:
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            lse = torch.empty((B, Q, H), dtype=_sums(q), device=q.device) if want_lse else None
+            _forward_kernel[(B * H, tiles)](q, k, v, lengths, mask, out, lse, *sizes, **settings)
+    return out, lse
+
+
+def _backward(q, k, v, lengths, mask, gate, dout, dq, scale, board, add):
+    """One branch: writes (or adds to) dq, returns dk, dv, d gate.   k, v (B, F, K, H, D); board (n, h/r.., see below)
+
+    board   (queries per cell, cell width, board width, columns of cells), or None for no board
+    """
+    B, frames, K, H, D = k.shape
+    n, *layout = board or (q.shape[1], 1, 1, 1)
+    unit, settings = _settings("backward", q, K, scale, k)
+    tiles, programs = -(-n // settings["BLOCK_Q"]), B * frames * H
+    span = -(-tiles // max(1, 320 // programs))                        # fill the chip twice or so, then longer spans
+    spans = -(-tiles // span)
+    parts = torch.empty((2, spans, B, frames, H, K, D), dtype=_sums(q), device=q.device)
+    dgate = None if gate is None else torch.empty((spans, programs), dtype=_sums(q), device=q.device)
+    with on(q):
+        _backward_kernel[(programs, spans)](q, k, v, lengths, mask, gate, dout, dq, *parts, dgate,
+                                            n, K, H, frames, *layout, span, *_strides(q, unit), *_strides(k, unit),
+                                            BOARD=board is not None, ADD=add, **settings)
+    dk, dv = parts.sum(1).transpose(3, 4).to(q.dtype)                  # (B, F, K, H, D)
+    return dk, dv, None if gate is None else dgate.sum()
+
+
+# -- the autograd functions --------------------------------------------------------------------------------------
+
+
+class _CrossAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, lengths, mask, scale, want_lse):
+        ctx.save_for_backward(q, k, v, lengths, mask)
+        ctx.scale = scale
+        out, lse = _forward("forward", q, k, v, lengths, mask, scale, want_lse)
+        if want_lse:
+            ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, _):
+        q, k, v, lengths, mask = ctx.saved_tensors
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dk, dv, _ = _backward(q, k[:, None], v[:, None], lengths, mask, None, dout.contiguous(), dq, ctx.scale, None, False)
+        return dq, dk[:, 0], dv[:, 0], None, None, None, None
+
+
+class _FrameStory(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, q_story, kf, vf, ks, vs, gate, lengths, scale, board):
+        ctx.save_for_backward(q, q_story, kf, vf, ks, vs, gate, lengths)
+        ctx.scale, ctx.board = scale, board
+        (B, frames, K, H, _), K2 = kf.shape, ks.shape[1]
+        unit, settings = _settings("story", q, max(K, K2), scale, kf, ks)
+        settings |= {"BLOCK_K": _blocks(1, K)[1], "BLOCK_S": _blocks(1, K2)[1]}
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        n, *layout = board
+        with on(q):
+            _frame_story_kernel[(B * frames * H, -(-n // settings["BLOCK_Q"]))](
+                q, q_story, kf, vf, ks, vs, lengths, gate.to(_sums(q)), out, n, K, K2, H, frames, *layout,
+                *_strides(q, unit), *_strides(kf, unit), *_strides(ks, unit), **settings)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        q, q_story, kf, vf, ks, vs, gate, lengths = ctx.saved_tensors
+        dout, dq = dout.contiguous(), torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dq_story = dq if q_story is None else torch.empty_like(dq)
+        dkf, dvf, _ = _backward(q, kf, vf, lengths, None, None, dout, dq, ctx.scale, ctx.board, False)
+        dks, dvs, dgate = _backward(q if q_story is None else q_story, ks[:, None], vs[:, None], None, None,
+                                    gate.to(_sums(q)), dout, dq_story, ctx.scale, None, q_story is None)
+        return (dq, None if q_story is None else dq_story, dkf, dvf, dks[:, 0], dvs[:, 0], dgate.to(gate.dtype),
+                None, None, None)
+
+
+# -- the public functions ----------------------------------------------------------------------------------------
+
+
+def cross_attention(q, k, v, lengths=None, scale=None, mask=None, return_lse=False):
+    """softmax(scale q k^T) v for every head.   q (B, Q, H, D), k, v (B, K, H, D) -> (B, Q, H, D), dtype kept
+
+    Heads are a view of a projection's last axis: any strides whose last is 1. Products of float32 use TF32 if
+    torch.backends.cuda.matmul.allow_tf32 says so; sums are float32. Under autocast it runs in autocast's dtype.
+    lengths     (B,) int, keys >= length are ignored; 0 gives 0 and zero gradients
+    mask        (B, K) or (B, Q, K) bool, True = may be seen; the second form always takes the reference
+    scale       number, default D ** -0.5
+    return_lse  also log sum_j exp(s_ij), (B, Q, H) float32 without gradient; -inf where nothing is seen
+    raises      ValueError for shapes, dtypes, devices that do not fit, or lengths outside 0 .. K (CPU; clamped on GPUs)
+    """
+    q, k, v = _autocast(q, k, v)
+    _check_keys("cross_attention", q, k=k, v=v)
+    _check_visible("cross_attention", q, k, lengths, mask, (len(q),))
+    if q.numel() == 0 or k.numel() == 0 or backend(q, _why_not("forward", q, k, v, mask=mask)) == "reference":
+        out = cross_attention_reference(q, k, v, lengths, scale, mask)
+        if not return_lse:
+            return out
+        with torch.no_grad():
+            return out, _log_sum_exp(q, k, lengths, mask, scale)
+    (q, k, v), lengths, mask = _ready((q,), (k, v)), _int32(lengths), _bytes(mask)
+    out, lse = _CrossAttention.apply(q, k, v, lengths, mask, _scale(q, scale), return_lse)
+    return (out, lse) if return_lse else out
+
+
+def frame_story_attention(q, kf, vf, ks, vs, gate, cells, board, q_story=None, lengths=None, scale=None):
+    """StoryImager's FS-CAM:  A(q, words of the token's own frame) + gate A(q_story, whole story), two softmaxes.
+
+    q        (B, h w, H, D) tokens of the whole board, row by row: nothing is cut out or pasted back
+    kf, vf   (B, F, K, H, D) words of frame f, F = r c: the frame in cell f of the board, cells counted row by row
+    ks, vs   (B, K2, H, D) the story's tokens
+    gate     number or tensor of one element; it gets a gradient
+    cells    (r, c), board (h, w): r must divide h, c must divide w
+    q_story  (B, h w, H, D) queries of the story branch, if they differ from q (LoRA on the query projection)
+    lengths  (B, F) int, words >= length are ignored. Paper: padding words are not masked, so the default is None
+    returns  (B, h w, H, D), dtype of q.     raises  ValueError for whatever does not fit
+    """
+    frame, (q, kf, vf, ks, vs) = "frame_story_attention", _autocast(q, kf, vf, ks, vs)
+    q_story = None if q_story is None else _autocast(q_story)[0]
+    _check_board(frame, q, kf, vf, q_story, cells, board)
+    _check_keys(frame, q, ks=ks, vs=vs)
+    _check_keys(frame, q, kf=kf[:, 0], vf=vf[:, 0])
+    _check_visible(frame, q, kf[:, 0], lengths, None, kf.shape[:2])
+    gate = _check_gate(gate, q)
+    empty = 0 in (q.numel(), kf.numel(), ks.numel())
+    if empty or backend(q, _why_not("story", q, kf, vf, ks, vs, gate, q_story)) == "reference":
+        return frame_story_reference(q, kf, vf, ks, vs, gate, cells, board, q_story, lengths, scale)
+    (r, c), (h, w) = cells, board
+    layout = (h // r * (w // c), w // c, w, c)
+    if q_story is None:
+        q, kf, vf, ks, vs = _ready((q,), (kf, vf), (ks, vs))
+    else:
+        q, q_story, kf, vf, ks, vs = _ready((q, q_story), (kf, vf), (ks, vs))
+    return _FrameStory.apply(q, q_story, kf, vf, ks, vs, gate, _int32(lengths), _scale(q, scale), layout)
+
+
+@torch.no_grad()
+def attention_map(q, k, lengths=None, mask=None, scale=None):
+    """Attention weights for explanation, mean over heads, without gradient.   -> (B, Q, K) float32, never (B, H, Q, K)
+
+    Arguments as in `cross_attention`. A query that sees no key has a row of zeros; the others sum to 1.
+    """
+    q, k = _autocast(q, k)
+    _check_keys("attention_map", q, k=k)
+    _check_visible("attention_map", q, k, lengths, mask, (len(q),))
+    if 0 in (q.numel(), k.numel()) or backend(q, _why_not("map", q, k, mask=mask)) == "reference":
+        return attention_map_reference(q, k, lengths, mask, scale)
+    q, k = _ready((q,), (k,))
+    return _forward("map", q, k, None, _int32(lengths), _bytes(mask), _scale(q, scale))[0]
+
+
+# -- what the public functions check and prepare -----------------------------------------------------------------
+
+
+def _why_not(kind, q, *others, mask=None):
+    """Why the kernels cannot take these tensors, or "" (`others` may hold None)."""
+    tensors = [q, *(x for x in others if x is not None)]
+    keys = max(x.shape[-3] for x in tensors[1:] if x.ndim > 3)
+    grad = kind != "map" and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if matrix_units(q):
+        return matrix_units(q)
+    if q.dtype == torch.float64 and q.is_cuda:
+        return "float64 products are for the interpreter"
+    if mask is not None and mask.ndim == 3:
+        return "a mask of its own for every query"
+    if keys > 256 or q.shape[-1] > 256:
+        return f"{keys} keys of width {q.shape[-1]} do not fit on the chip (256 and 256 do)"
+    if any(sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2 ** 31 for x in tensors) \
+            or q.shape[1] > 2 ** 20 or q[0].numel() >= 2 ** 31:
+        return "one sample spans 2**31 elements or 2**20 queries"
+    for part in (kind, "backward") if grad else (kind,):
+        if _tile(part, q, keys) is None:
+            return f"no {part} tile for width {q.shape[-1]}, {keys} keys, {q.dtype} on this GPU"
+    return ""
+
+
+def _check_keys(name, q, **pair):
+    """q (B, Q, H, D) and each of `pair` (B, K, H, D): one dtype, one device."""
+    if q.ndim != 4 or not q.is_floating_point():
+        raise ValueError(f"{name}: q must be floating point (B, Q, H, D), got {q.dtype} {tuple(q.shape)}")
+    first, *_ = pair
+    for label, x in pair.items():
+        if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (q.shape[0], *q.shape[2:]) or x.shape != pair[first].shape:
+            raise ValueError(f"{name}: {label} {tuple(x.shape)} does not fit q {tuple(q.shape)} and {first} "
+                             f"{tuple(pair[first].shape)}: batch, heads and width must agree, and the number of keys")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name}: {label} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}")
+
+
+def _check_visible(name, q, k, lengths, mask, shape):
+    if lengths is not None:
+        if lengths.shape != torch.Size(shape) or lengths.is_floating_point() or lengths.device != q.device:
+            raise ValueError(f"{name}: lengths must be integers {tuple(shape)} on {q.device}, got {lengths.dtype} "
+                             f"{tuple(lengths.shape)} on {lengths.device}")
+        if lengths.is_cpu and lengths.numel() and not 0 <= lengths.min() <= lengths.max() <= k.shape[1]:
+            raise ValueError(f"{name}: lengths {lengths.tolist()} must lie in 0 .. {k.shape[1]}, the number of keys")
+    if mask is not None and (mask.dtype != torch.bool or mask.device != q.device or tuple(mask.shape) not in
+                             ((len(k), k.shape[1]), (len(k), q.shape[1], k.shape[1]))):
+        raise ValueError(f"{name}: mask must be bool (B, K) or (B, Q, K), True where a key may be seen, got {mask.dtype} "
+                         f"{tuple(mask.shape)} on {mask.device} for q {tuple(q.shape)}, k {tuple(k.shape)}")
+
+
+def _check_board(name, q, kf, vf, q_story, cells, board):
+    (r, c), (h, w) = cells, board
+    if min(r, c, h, w) < 1 or h % r or w % c or q.ndim != 4 or q.shape[1] != h * w:
+        raise ValueError(f"{name}: q {tuple(q.shape)} must hold the h w = {h} x {w} tokens of the board, and the "
+                         f"{r} x {c} cells must divide it evenly")
+    if kf.ndim != 5 or kf.shape != vf.shape or kf.shape[1] != r * c:
+        raise ValueError(f"{name}: kf {tuple(kf.shape)} and vf {tuple(vf.shape)} must be (B, F, K, H, D), one frame for "
+                         f"each of the {r} x {c} cells")
+    if q_story is not None and (q_story.shape, q_story.dtype, q_story.device) != (q.shape, q.dtype, q.device):
+        raise ValueError(f"{name}: q_story {q_story.dtype} {tuple(q_story.shape)} must be like q {q.dtype} {tuple(q.shape)}")
+
+
+def _check_gate(gate, q):
+    gate = gate if isinstance(gate, torch.Tensor) else torch.full((), float(gate), device=q.device)
+    if gate.numel() != 1 or gate.device != q.device or not gate.is_floating_point():
+        raise ValueError(f"frame_story_attention: gate must be one number, got {gate.dtype} {tuple(gate.shape)} on {gate.device}")
+    return gate.reshape(())
+
+
+def _autocast(*tensors):
+    """Under autocast, tensors in autocast's dtype (float64 stays)."""
+    if torch.is_autocast_enabled(tensors[0].device.type) and tensors[0].dtype != torch.float64:
+        return [x.to(torch.get_autocast_dtype(x.device.type)) for x in tensors]
+    return tensors
+
+
+def _ready(*groups):
+    """Flattened groups, last stride 1; the tensors of one group (k and v) share their strides, or are copied."""
+    for group in groups:
+        same = all(x.stride(-1) == 1 and x.stride() == group[0].stride() for x in group)
+        yield from group if same else (x.contiguous() for x in group)
+
+
+def _scale(q, scale):
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _int32(lengths):
+    return None if lengths is None else lengths.to(torch.int32).contiguous()
+
+
+def _bytes(mask):
+    return None if mask is None else mask.contiguous().view(torch.uint8)

@@ -2,12 +2,12 @@
 
 Backward   dx = A^T dy: the same walk over the transpose, by the same function, so nothing is saved and second
            derivatives work. A symmetric graph is its own transpose.
-Hops       sum_l w[l] A^l x by Horner's rule: h = w[L] x, then h <- A h + w[l] x for l = L-1 .. 0. No stack of layers,
-           no mean, and the derivative is the same polynomial of A^T.
-Kernel     every row is cut into pieces of at most PIECE entries, pieces are sorted by length, and a program gathers a
-           few of equal length side by side. A row of one piece is written at once; the partial sums of a long row are
-           rows of a scratch that the same kernel adds again, until one is left. So a hub is many short sums in
-           parallel, there is no atomic, and the result is one fixed tree of additions: the same bits every run.
+Hops       sum_l w[l] A^l x by Horner's rule: h = w[L] x, then h <- A h + w[l] x for l = L-1 .. 0. No stack of
+           layers, no mean, and the derivative is the same polynomial of A^T.
+Kernel     every row is cut into pieces of at most PIECE entries, pieces are sorted by length, and a program
+           gathers a few of equal length side by side. A row of one piece is written at once; the partial sums of a
+           long row are rows of a scratch, which the same kernel adds again until one is left. So a hub is many
+           short sums in parallel, there is no atomic, and the result is one fixed tree: the same bits every run.
 Cost       E D multiply-adds, E D gathered numbers (memory bound); nothing of size E D is ever stored.
 """
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 PIECE = 32              # entries of a piece: scratch traffic is 2 / PIECE of a long row's gathers
-TILE = 1024             # numbers a program holds: 8 per thread of 4 warps, two 16-byte loads for each of UNROLL entries
+TILE = 1024             # numbers a program holds: 8 a thread of 4 warps, two 16-byte loads for each entry
 UNROLL = 4              # entries in flight: the loop waits for memory, not for arithmetic
 
 
-# -- the plan -------------------------------------------------------------------------------------------------------
+# -- the plan ------------------------------------------------------------------------------------------------
 
 
 class Graph:
-    """A constant sparse matrix A (N_out, N_in) in CSR form, sorted by row, then column; duplicates are summed.
+    """A constant sparse matrix A (N_out, N_in) in CSR form, by row, then column; duplicates are summed.
 
-    ptr (N_out + 1,) int32, col (E,) int32, weight (E,) float32 (float64 if it was given so), all on one device.
+    ptr (N_out + 1,) int32, col (E,) int32, weight (E,) float32 (float64 if it was given so), on one device.
     The order in which edges come does not matter: the same edges give the same bits.
     """
 
@@ -47,16 +47,16 @@ class Graph:
         """A from a list of edges in any order.   row, col (E,) int; weight (E,) float or None = all ones
 
         symmetric   the caller knows that A = A^T, so no transpose is ever built
-        raises      ValueError for an index out of range (first bad place), a weight that requires grad, 2^31 edges or more
+        raises      ValueError for an index out of range (the first), a weight that requires grad, 2^31 edges
         """
         _check_edges(row, col, shape, weight)
         key, order = (row.long() * shape[1] + col).sort(stable=True)
         double = weight is not None and weight.dtype == torch.float64
-        value = torch.ones(len(row), device=row.device) if weight is None else weight.double() if double else weight.float()
+        value = torch.ones(len(row), device=row.device) if weight is None else weight[order]
+        value = value if double else value.float()
         distinct, place = torch.unique_consecutive(key, return_inverse=True)
         ones = weight is None and len(distinct) == len(key)
-        value = value[order]
-        if len(distinct) < len(key):               # index_put_ adds in a fixed order on a GPU, index_add_ does not
+        if len(distinct) < len(key):             # index_put_ adds in a fixed order on a GPU, index_add_ does not
             value = value.new_zeros(len(distinct)).index_put_((place,), value, accumulate=True)
         source = distinct // max(shape[1], 1)
         ptr = torch.searchsorted(source, torch.arange(shape[0] + 1, device=row.device)).int()
@@ -64,7 +64,7 @@ class Graph:
 
     @staticmethod
     def bipartite(user, item, users, items):
-        """Symmetric normalised A_hat (N, N) of an interaction list: users first, then items, a_ui = 1 / sqrt(d_u d_i).
+        """Symmetric normalised A_hat (N, N): users first, then items, a_ui = 1 / sqrt(d_u d_i).
 
         Nodes without an edge keep an empty row. `.R` (U, I) and `.RT` (I, U) are its two blocks.
         """
@@ -77,15 +77,22 @@ class Graph:
 
     @staticmethod
     def from_knn(neighbours, weight=None):
-        """Directed item-item graph of neighbour lists (I, k), row i pointing at neighbours[i]; its transpose is another graph."""
-        rows = torch.arange(len(neighbours), device=neighbours.device).repeat_interleave(neighbours.shape[1])
-        return Graph.from_edges(rows, neighbours.flatten(), (len(neighbours),) * 2, None if weight is None else weight.flatten())
+        """Directed graph of neighbour lists (I, k): row i points at neighbours[i]. Its transpose is another graph."""
+        count, k = neighbours.shape
+        rows = torch.arange(count, device=neighbours.device).repeat_interleave(k)
+        weight = None if weight is None else weight.flatten()
+        return Graph.from_edges(rows, neighbours.flatten(), (count, count), weight)
 
     @cached_property
     def row_of(self):
         """Row of every entry.   (E,) int64"""
         rows = torch.arange(self.shape[0], device=self.device)
-        return rows.repeat_interleave(self.ptr.diff().long(), output_size=self.nnz)
+        return rows.repeat_interleave(self.counts, output_size=self.nnz)
+
+    @cached_property
+    def counts(self):
+        """Entries of every row.   (N_out,) int64"""
+        return self.ptr.diff().long()
 
     @cached_property
     def T(self):
@@ -98,13 +105,14 @@ class Graph:
 
     @cached_property
     def R(self):
-        """Upper right block (U, I) of a bipartite graph: what users receive from items. Shares its weights."""
+        """Upper right block (U, I) of a bipartite graph: what users receive from items. Shares weights."""
         users, last = self._split()
-        return Graph(self.ptr[: users + 1], self.col[:last] - users, self.weight[:last], (users, self.shape[0] - users))
+        shape = (users, self.shape[0] - users)
+        return Graph(self.ptr[: users + 1], self.col[:last] - users, self.weight[:last], shape)
 
     @cached_property
     def RT(self):
-        """Lower left block (I, U) of a bipartite graph: what items receive from users. Shares columns and weights."""
+        """Lower left block (I, U): what items receive from users. Shares columns and weights."""
         users, first = self._split()
         shape = (self.shape[0] - users, users)
         graph = Graph(self.ptr[users:] - first, self.col[first:], self.weight[first:], shape)
@@ -117,37 +125,39 @@ class Graph:
         return self.users, int(self.ptr[self.users])
 
     def rows(self, index):
-        """The rows `index` (n,) of A as a graph (n, N_in); rows may repeat. Nearly free: meant to be made for every batch."""
+        """The rows `index` (n,) of A as a graph (n, N_in); they may repeat. Nearly free: made anew for every batch."""
         return Rows(self, index)
 
     def to(self, device):
         move = [x.to(device) for x in (self.ptr, self.col, self.weight)]
         return Graph(*move, self.shape, self.symmetric, self.ones, self.users)
 
-    @property
+    @cached_property
     def nnz(self):
         return len(self.col)
 
-    @property
+    @cached_property
     def device(self):
         return self.ptr.device
 
     def dense(self):
-        return self.weight.new_zeros(self.shape).index_put_((self.row_of, self.col.long()), self.weight, accumulate=True)
+        where = self.row_of, self.col.long()
+        return self.weight.new_zeros(self.shape).index_put_(where, self.weight, accumulate=True)
 
     @cached_property
     def pieces(self):
-        """[(table (P, 3) int32, slots)], one per level: start, length and destination of every piece, longest first.
+        """[(table (P, 3) int32, slots)] for every level: start, length, destination of each piece, longest first.
 
-        Destination >= 0: the whole row, finished here. Destination -1 - s: slot s of this level's scratch, whose slots
-        are the entries of the next level. A row of 32 entries needs one level, of 1,024 two, of a million four.
+        Destination >= 0: the whole row, finished here. Destination -1 - s: slot s of this level's scratch; slots are
+        the entries of the next level. A row of 32 entries needs one level, of 1,024 two, of a million four.
         """
-        levels, ptr, rows = [], self.ptr.long(), torch.arange(self.shape[0], device=self.device)
+        device, levels = self.device, []
+        ptr, rows = self.ptr.long(), torch.arange(self.shape[0], device=device)
         while True:
             length = ptr.diff()
-            count = (length + PIECE - 1).div(PIECE, rounding_mode="floor").clamp(min=1)      # an empty row: one empty piece
-            owner = torch.arange(len(count), device=self.device).repeat_interleave(count)
-            nth = torch.arange(len(owner), device=self.device) - (count.cumsum(0) - count)[owner]
+            count = ((length + PIECE - 1) // PIECE).clamp(min=1)              # an empty row has one empty piece
+            owner = torch.arange(len(count), device=device).repeat_interleave(count)
+            nth = torch.arange(len(owner), device=device) - (count.cumsum(0) - count)[owner]
             size, long = (length[owner] - nth * PIECE).clamp(max=PIECE), count > 1
             place = torch.where(long[owner], -long[owner].long().cumsum(0), rows[owner])
             table = torch.stack([ptr[:-1][owner] + nth * PIECE, size, place], 1).int()
@@ -158,48 +168,50 @@ class Graph:
 
 
 class Rows(Graph):
-    """Chosen rows of a graph. Two ways to the same product: walk these rows, or walk all and pick (when that is less)."""
+    """Chosen rows of a graph. Two ways to the product: walk these rows, or walk all and pick if that is less."""
 
     def __init__(self, parent, index):
-        bad = ((index < 0) | (index >= parent.shape[0])).nonzero()
-        if index.dim() != 1 or index.is_floating_point() or len(bad):
-            wrong = f"index[{int(bad[0, 0])}] is {int(index[tuple(bad[0])])}" if len(bad) else f"this one is {tuple(index.shape)}"
-            raise ValueError(f"rows() takes a vector of integers in 0 .. {parent.shape[0] - 1}; {wrong}")
+        if index.dim() != 1 or index.is_floating_point():
+            raise ValueError(f"rows() takes a vector of integers, not {tuple(index.shape)} of {index.dtype}")
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < parent.shape[0]:
+            raise ValueError(f"rows() of a graph with rows 0 .. {parent.shape[0] - 1} got {int(index.min())} "
+                             f".. {int(index.max())}")
         self.parent, self.index, self.shape = parent, index.long(), (len(index), parent.shape[1])
-        self.symmetric, self.ones, self.users = False, parent.ones, None
+        self.symmetric, self.ones, self.users, self.device = False, parent.ones, None, parent.device
+        self.counts = parent.counts.index_select(0, self.index)
+        self.nnz = int(self.counts.sum())
+
+    @property
+    def most(self):
+        """True if walking all is less work: copying an entry costs two walks, a plan on a GPU twenty launches."""
+        return self.parent.nnz < 3 * self.nnz + (4_000_000 if self.device.type == "cuda" else 10_000)
 
     @cached_property
     def ptr(self):
-        first = self.parent.ptr
-        return F.pad((first[self.index + 1] - first[self.index]).cumsum(0), (1, 0)).int()
+        return F.pad(self.counts.cumsum(0), (1, 0)).int()
 
     @cached_property
     def entries(self):
         """Where these rows' entries stand in the parent.   (E,) int64"""
-        start = self.parent.ptr[self.index] - self.ptr[:-1]
-        total = int(self.ptr[-1])
-        counts = self.ptr.diff().long()
-        return start.repeat_interleave(counts, output_size=total) + torch.arange(total, device=self.device)
+        shift = self.parent.ptr.index_select(0, self.index) - self.ptr[:-1]
+        shift = shift.repeat_interleave(self.counts, output_size=self.nnz)
+        return shift + torch.arange(self.nnz, device=self.device)
 
     @cached_property
     def col(self):
-        return self.parent.col[self.entries]
+        return self.parent.col.index_select(0, self.entries)
 
     @cached_property
     def weight(self):
-        return self.parent.weight[self.entries]
-
-    @property
-    def most(self):
-        """True if walking all rows is less work: an entry costs two walks to copy, and a GPU twenty launches for the plan."""
-        return self.parent.nnz < 3 * int(self.ptr[-1]) + (4_000_000 if self.device.type == "cuda" else 10_000)
+        return self.parent.weight.index_select(0, self.entries)
 
 
 def _check_edges(row, col, shape, weight, names=("row", "col")):
+    a, b = names
     if row.shape != col.shape or row.dim() != 1 or (weight is not None and weight.shape != row.shape):
-        raise ValueError(f"{names[0]} {tuple(row.shape)}, {names[1]} {tuple(col.shape)} and weight must be vectors of one length")
+        raise ValueError(f"{a} {tuple(row.shape)}, {b} {tuple(col.shape)} and weight must be vectors, equally long")
     if row.is_floating_point() or col.is_floating_point() or max(len(row), *shape) >= 2**31:
-        raise ValueError(f"{names[0]} and {names[1]} must be integers, fewer than 2^31 of them, of a graph below 2^31 nodes")
+        raise ValueError(f"{a} and {b} must be integers, edges and nodes fewer than 2^31: columns are int32")
     if weight is not None and weight.requires_grad:
         raise ValueError("edge weights are constants here; for a gradient use the dense matrix")
     for name, index, size in zip(names, (row, col), shape, strict=True):
@@ -208,11 +220,11 @@ def _check_edges(row, col, shape, weight, names=("row", "col")):
             raise ValueError(f"{name}[{int(bad[0])}] is {int(index[bad[0]])}, outside 0 .. {size - 1}")
 
 
-# -- the definition -------------------------------------------------------------------------------------------------
+# -- the definition ------------------------------------------------------------------------------------------
 
 
 def propagate_reference(graph, x):
-    """The definition, at PyTorch's best: columns as bags of rows of x. 3 to 4 times faster than sparse.mm on a CPU."""
+    """The definition, at PyTorch's best: rows of x in bags. 3 to 4 times faster than sparse.mm on a CPU."""
     return _hops_reference(graph, x, (0.0, 1.0))
 
 
@@ -224,7 +236,7 @@ def _hops_reference(graph, x, weights):
         return (weights[0] * wide).to(x.dtype)
     h = wide
     for hop, (above, weight) in enumerate(zip(weights[:0:-1], weights[-2::-1], strict=True)):
-        scaled = value if hop or above == 1 else above * value      # w[L] times E weights, cheaper than times N D numbers
+        scaled = value if hop or above == 1 else above * value      # w[L] times E weights, not times N D numbers
         plain = graph.ones and scaled is value
         if graph.nnz and x.shape[1]:
             h = F.embedding_bag(graph.col, h, graph.ptr, mode="sum", include_last_offset=True,
@@ -236,7 +248,7 @@ def _hops_reference(graph, x, weights):
     return h.to(x.dtype)
 
 
-# -- the kernel -----------------------------------------------------------------------------------------------------
+# -- the kernel ----------------------------------------------------------------------------------------------
 
 
 @jit
@@ -258,12 +270,13 @@ def _walk_kernel(pieces, col, weight, x, z, y, scratch, mix, P, D, x_stride, z_s
     acc = tl.zeros((ROWS, BLOCK_D), dtype=ACC)
     longest = tl.max(length, 0)
     n = 0
-    while n < longest:                                                      # range(tensor) fails in Triton 3.6's interpreter
+    while n < longest:                                                # range(tensor): not in 3.6's interpreter
         for u in tl.static_range(UNROLL):
             live = n + u < length
             e = start + n + u
-            j = tl.load(col + e, mask=live, other=0) if GATHER else e       # level 0 gathers rows of x, the rest adds slots
-            row = tl.load(x + row_offset(j, x_stride, WIDE)[:, None] + d, mask=live[:, None] & (d < D), other=0.0).to(ACC)
+            j = tl.load(col + e, mask=live, other=0) if GATHER else e       # level 0 gathers, others add slots
+            at = x + row_offset(j, x_stride, WIDE)[:, None] + d
+            row = tl.load(at, mask=live[:, None] & (d < D), other=0.0).to(ACC)
             if WEIGHTED:
                 row *= tl.load(weight + e, mask=live, other=0.0).to(ACC)[:, None]
             acc += row
@@ -285,24 +298,25 @@ def tile(width):
 
 @lru_cache(maxsize=256)
 def _mix_table(weights, dtype, device):
-    """Factors of A h and of x for every hop, first hop first.   (L, 2)   Python numbers would reach a kernel as float32"""
+    """Factors of A h and of x, first hop first.   (L, 2)   Python numbers would reach a kernel as float32"""
     rows = [(1.0 if hop else weights[-1], w) for hop, w in enumerate(weights[-2::-1])]
     return torch.tensor(rows, dtype=dtype, device=device)
 
 
 def _hop_triton(graph, x, z, mix):
-    """A x, or mix[0] A x + mix[1] z: one launch a level, one level unless a row has more than PIECE entries."""
-    width, double = x.shape[1], x.dtype == torch.float64
-    y = x.new_empty(graph.shape[0], width)
+    """A x, or mix[0] A x + mix[1] z: one launch a level; one level unless a row is longer than PIECE."""
+    width, sums = x.shape[1], torch.float64 if x.dtype == torch.float64 else torch.float32
+    y, source = x.new_empty(graph.shape[0], width), x
     rows, columns = tile(width)
-    source = x
     for level, (table, slots) in enumerate(graph.pieces):
-        scratch = torch.empty(slots, width, dtype=torch.float64 if double else torch.float32, device=x.device) if slots else y
-        wide = max(source.shape[0] * source.stride(0), len(z) * z.stride(0), y.numel(), scratch.numel()) >= 2**31
+        scratch = torch.empty(slots, width, dtype=sums, device=x.device) if slots else y
+        reach = max(len(source) * source.stride(0), len(z) * z.stride(0), y.numel(), scratch.numel())
         _walk_kernel[(-(-len(table) // rows), -(-width // columns))](
-            table, graph.col, graph.weight, source, z, y, scratch, y if mix is None else mix, len(table), width,
-            source.stride(0), z.stride(0), GATHER=level == 0, WEIGHTED=level == 0 and not graph.ones, MIX=mix is not None,
-            WIDE=wide, DOUBLE=double, ROWS=rows, BLOCK_D=columns, UNROLL=UNROLL, num_warps=4, enable_fp_fusion=True)
+            table, graph.col, graph.weight, source, z, y, scratch, y if mix is None else mix,
+            len(table), width, source.stride(0), z.stride(0),
+            GATHER=level == 0, WEIGHTED=level == 0 and not graph.ones, MIX=mix is not None, WIDE=reach >= 2**31,
+            DOUBLE=sums == torch.float64, ROWS=rows, BLOCK_D=columns, UNROLL=UNROLL,
+            num_warps=4, enable_fp_fusion=True)
         source = scratch
     return y
 
@@ -313,15 +327,14 @@ def _hops_triton(graph, x, weights):
     x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
     if not graph.shape[0] * x.shape[1]:
         return x.new_empty(graph.shape[0], x.shape[1])
-    h, plain = x, weights == (0.0, 1.0)
-    mix = [None] if plain else _mix_table(weights, torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
+    h, sums = x, torch.float64 if x.dtype == torch.float64 else torch.float32
     with on(x):
-        for step in mix:
-            h = _hop_triton(graph, h, x, step)
+        for mix in [None] if weights == (0.0, 1.0) else _mix_table(weights, sums, x.device):
+            h = _hop_triton(graph, h, x, mix)
     return h
 
 
-# -- autograd and the public functions ------------------------------------------------------------------------------
+# -- autograd and the public functions -----------------------------------------------------------------------
 
 
 class _Hops(torch.autograd.Function):
@@ -332,22 +345,24 @@ class _Hops(torch.autograd.Function):
         ctx.graph, ctx.weights, ctx.path = graph, weights, path
         walk = _hops_triton if path == "triton" else _hops_reference
         if isinstance(graph, Rows) and graph.most:
-            return walk(graph.parent, x, weights)[graph.index]
+            return walk(graph.parent, x, weights).index_select(0, graph.index)
         return walk(graph, x, weights)
 
     @staticmethod
     def backward(ctx, dy):
         graph = ctx.graph
-        if isinstance(graph, Rows):                  # some rows of A: (P A)^T dy = A^T (P^T dy), nothing to sort;
-            dy = dy.new_zeros(graph.parent.shape[0], dy.shape[1]).index_put((graph.index,), dy, accumulate=True)
-            graph = graph.parent                     # index_put adds in a fixed order on a GPU, index_add does not
+        if isinstance(graph, Rows):               # some rows of A: (P A)^T dy = A^T (P^T dy), nothing to sort;
+            whole, where = dy.new_zeros(graph.parent.shape[0], dy.shape[1]), graph.index
+            dy = whole.index_put((where,), dy, True) if dy.is_cuda else whole.index_add(0, where, dy)
+            graph = graph.parent                  # index_put adds in a fixed order on a GPU, index_add does not
         return _Hops.apply(dy, graph.T, ctx.weights, ctx.path), None, None, None
 
 
 def propagate(graph, x):
     """A x for a sparse graph.   x (N_in, D) -> (N_out, D), same dtype; sums are float32 (float64 for float64)
 
-    Several right-hand sides are columns: stack them, one walk serves all. raises ValueError for another shape or device
+    Several right-hand sides are columns: stack them, one walk serves all.
+    raises ValueError if x has another shape, device or an integer type
     """
     _check_input(graph, x)
     return _Hops.apply(x, graph, (0.0, 1.0), backend(x))
@@ -359,7 +374,8 @@ def mix_hops(graph, x, weights):
     weights are numbers, lowest hop first.   x (N, D) -> (N, D), same dtype
     """
     if graph.shape[0] != graph.shape[1] or not len(weights):
-        raise ValueError(f"hops need a square graph and at least one weight; the graph is {graph.shape}, weights {list(weights)}")
+        raise ValueError(f"hops need a square graph and at least one weight; the graph is {graph.shape}, "
+                         f"weights {list(weights)}")
     if any(isinstance(w, torch.Tensor) for w in weights):
         raise ValueError("hop weights are numbers here, not tensors; call propagate once a hop to learn them")
     _check_input(graph, x)
@@ -378,24 +394,45 @@ def _check_input(graph, x):
 def knn(features, k, block=2048):
     """The k most similar rows by cosine, the row itself included, without an (I, I) matrix.
 
-    features (I, C) -> neighbours (I, k) int64, similarities (I, k) float32, best first; ties: lower index first
+    features (I, C) -> neighbours (I, k) int64, cosines (I, k) float32, best first; ties: lower index first
     raises ValueError for a row that is zero or not finite (it has no direction) or k outside 1 .. I
     """
-    if features.dim() != 2 or not 1 <= k <= len(features):
-        raise ValueError(f"k={k} neighbours in features {tuple(features.shape)}: a matrix with at least k rows is needed, k >= 1")
+    if not 1 <= k <= len(features):
+        raise ValueError(f"k={k} neighbours of {len(features)} rows: choose 1 to {len(features)}")
     norm = features.float().norm(dim=1, keepdim=True)
     bad = (~((norm > 0) & (norm < torch.inf))).nonzero()
     if len(bad):
-        raise ValueError(f"feature row {int(bad[0, 0])} is zero or not finite: it has no direction to compare")
+        raise ValueError(f"feature row {int(bad[0, 0])} is zero or not finite: it has no direction")
     unit, found, values = features.float() / norm, [], []
-    for rows in unit.split(max(1, min(block, 2**27 // len(unit)))):                      # at most 512 MiB of similarities
-        similarity = rows @ unit.T                                                       # (block, I)
+    for rows in unit.split(max(1, min(block, 2**27 // len(unit)))):                  # at most 512 MiB of numbers
+        similarity = rows @ unit.T                                                   # (block, I)
         top, index = similarity.topk(k, dim=1)
-        crowd = ((similarity >= top[:, -1:]).sum(1) > k).nonzero()[:, 0]                 # a tie across the border
+        crowd = ((similarity >= top[:, -1:]).sum(1) > k).nonzero()[:, 0]             # a tie across the border
         if len(crowd):
-            top[crowd], index[crowd] = (t[:, :k] for t in similarity[crowd].sort(dim=1, descending=True, stable=True))
-        index, order = index.sort(dim=1)                                                 # and ties within the k
+            ordered = similarity[crowd].sort(dim=1, descending=True, stable=True)
+            top[crowd], index[crowd] = ordered.values[:, :k], ordered.indices[:, :k]
+        index, order = index.sort(dim=1)                                             # and ties within the k
         top, order = top.gather(1, order).sort(dim=1, descending=True, stable=True)
         found.append(index.gather(1, order))
         values.append(top)
     return torch.cat(found), torch.cat(values)
+
+
+def compile_cases():
+    """Rows for kernels/check.py: both dtypes on every target, rarer variants on sm_90."""
+    everywhere = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+    usual = {"GATHER": True, "WEIGHTED": True, "MIX": True, "WIDE": False, "DOUBLE": False, "UNROLL": UNROLL}
+    for name, dtype, width, flags, targets in (
+            ("mix", "fp32", 64, {}, everywhere), ("mix", "bf16", 64, {}, everywhere),
+            ("plain", "fp32", 64, {"MIX": False}, ("sm_90",)), ("ones", "fp32", 64, {"WEIGHTED": False}, ("sm_90",)),
+            ("slots", "fp32", 64, {"GATHER": False, "WEIGHTED": False}, ("sm_90",)),
+            ("wide", "fp32", 64, {"WIDE": True}, ("sm_90",)), ("mix", "fp16", 64, {}, ("sm_90",)),
+            ("mix", "fp32", 16, {}, ("sm_90",)), ("mix", "fp32", 128, {}, ("sm_90",)), ("mix", "bf16", 128, {}, ("sm_90",))):
+        rows, columns = tile(width)
+        x = f"*{dtype}:16"
+        yield {"name": f"propagate {name} {dtype} D={width}", "kernel": _walk_kernel, "kind": "bandwidth", "num_warps": 4,
+               "wide": UNROLL * (2 if dtype == "fp32" else 1), "targets": targets,
+               "constants": {**usual, **flags, "ROWS": rows, "BLOCK_D": columns},
+               "signature": {"pieces": "*i32:16", "col": "*i32:16", "weight": "*fp32:16", "x": x, "z": x, "y": x,
+                             "scratch": "*fp32:16", "mix": "*fp32:16", "P": "i32", "D": "i32:16",
+                             "x_stride": "i32:16", "z_stride": "i32:16"}}
