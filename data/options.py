@@ -12,8 +12,11 @@ def fields(config):
 
 def comments(config):
     """{field: the comment beside it in the source}, so that text and code cannot drift apart."""
-    lines = re.finditer(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(config), re.MULTILINE)
-    return {m[1]: m[2].strip() for m in lines}
+    notes = {}
+    for base in reversed(config.__mro__[:-1]):                 # a Config that extends another keeps its comments
+        lines = re.finditer(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(base), re.MULTILINE)
+        notes |= {m[1]: m[2].strip() for m in lines}
+    return notes
 
 
 def convert(name, text, default):

@@ -22,20 +22,20 @@ from data.world import BACKGROUND, COLOUR, PLURALS, SIZES, chances, keys, one, p
 
 CLIPS, OBJECTS = 8, 6
 RADII = (0.25, 0.37)                       # small and large: two lanes of width 1 leave no more
-TURNING = tuple(SHAPES.index(s) for s in ("square", "triangle", "star", "heart", "cross", "moon"))       # turns show
+TURNING = tuple(SHAPES.index(s) for s in ("square", "triangle", "star", "heart", "cross", "moon"))  # turns show
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-MOTIONS = (*DIRECTIONS, "rotating", "static")                    # what a thing does; the first four are "moving"
+MOTIONS = (*DIRECTIONS, "rotating", "static")                 # what a thing does; the first four are "moving"
 DOES = {**{d: f"that moves {d}" for d in DIRECTIONS}, "rotating": "that turns", "static": "that stays still"}
 STREAMS = ("appearance", "motion", "both")
 
 SVQA = {"count": 5520, "exist": 1920, "query colour": 2160, "query size": 2160, "query action": 1920, "query direction": 2160,
         "query shape": 2160, "more": 720, "equal": 720, "less": 720, "same colour": 720, "same size": 720,
-        "same action": 720, "same direction": 720, "same shape": 720}             # questions of a type in SVQA's test split
-TYPES = {**SVQA, "relation": 1200, "order": 1200}                # ours: where two things are, which of them comes first
+        "same action": 720, "same direction": 720, "same shape": 720}  # questions of a type in SVQA's test split
+TYPES = {**SVQA, "relation": 1200, "order": 1200}      # ours: where two things are, which of them comes first
 ANSWERS = (*"0123", "yes", "no", *COLOUR, *(SHAPES[s] for s in TURNING), *SIZES, *DIRECTIONS, "moving", "rotating", "static")
 
 
-# -- videos -------------------------------------------------------------------------------------------------------------
+# -- videos --------------------------------------------------------------------------------------------------
 
 
 def deal(u, values, pattern):
@@ -57,7 +57,7 @@ def videos(key):
             "shape": deal(u[:, 14:26], torch.tensor(TURNING), (0, 0, 0, 1, 1, 2)),
             "size": deal(u[:, 26:34], torch.arange(2), (0, 0, 0, 1, 1, 1)),
             "motion": motion.gather(1, u[:, 34:40].argsort(1)),
-            "start": u[:, 40:47].argsort(1)[:, :OBJECTS],                  # first clip; even: lane one, odd: lane two
+            "start": u[:, 40:47].argsort(1)[:, :OBJECTS],          # first clip; even: lane one, odd: lane two
             "offset": u[:, 47:53] * 2 - 1, "spin": (u[:, 53:59] < 0.5) * 2.0 - 1, "upright": u[:, 60] < 0.5,
             "swap": u[:, 61] < 0.5, "background": (u[:, 62] * len(BACKGROUND)).long(), "pattern": (u[:, 63] * 2).long(),
             "key": key}
@@ -73,7 +73,7 @@ def frame_scene(view, rows, frames=4):
     film = pick(view["videos"], torch.as_tensor(list(rows)))
     total, time = len(film["key"]), torch.arange(CLIPS * frames)
     lane = torch.arange(2)[:, None]
-    begins = (time // frames - lane) // 2 * 2 + lane                       # (2, T): where the object seen now began
+    begins = (time // frames - lane) // 2 * 2 + lane                 # (2, T): where the object seen now began
     match = film["start"][:, None, None] == begins[..., None]              # (n, 2, T, 6)
     present, which = match.any(-1), match.int().argmax(-1)
     own = {name: film[name].gather(1, which.flatten(1)).view(which.shape) for name in
@@ -81,7 +81,7 @@ def frame_scene(view, rows, frames=4):
     spent = (time - begins * frames) / (2 * frames - 1) * 2 - 1            # -1 .. 1 while the object is there
     moving = own["motion"] < 4
     way = torch.tensor([*DIRECTIONS.values(), (0, 0), (0, 0)])[own["motion"]].float()      # (n, 2, T, 2)
-    upright = film["upright"][:, None, None]                               # lanes side by side instead of one below the other
+    upright = film["upright"][:, None, None]               # lanes side by side instead of one below the other
     across = torch.where(film["swap"][:, None, None], 0.5, -0.5) * (1 - 2 * lane)          # (n, 2, 1)
     along_way = torch.where(upright, way[..., 1], way[..., 0])
     along = own["offset"] * torch.where(along_way != 0, 0.08, 0.5) + along_way * spent * 0.46
@@ -95,7 +95,7 @@ def frame_scene(view, rows, frames=4):
     return flat | still | {"texture": torch.zeros_like(flat["shape"]), "light": torch.zeros(total * len(time))}
 
 
-# -- questions ----------------------------------------------------------------------------------------------------------
+# -- questions -----------------------------------------------------------------------------------------------
 
 
 def clips(index, seed=0, split="train", questions=8, types=SVQA):
@@ -150,10 +150,10 @@ def describe(chance, things, i, hidden):
     """A phrase that fits thing i alone and does not mention the hidden attribute.   -> phrase, attributes named; or None"""
     hidden = {"action": "motion", "direction": "motion"}.get(hidden, hidden)
     free = [a for a in ("colour", "shape", "size", "motion") if a != hidden]
-    for n in (1, 2, 3):                                                    # one or two attributes if that is enough
+    for n in (1, 2, 3):                                              # one or two attributes if that is enough
         fits = [named for named in combinations(free, n)
                 if all(any(t[a] != things[i][a] for a in named) for j, t in enumerate(things) if j != i)]
-        if n == 1 and one(chance, (True, False)):                          # half of the questions name two at least
+        if n == 1 and one(chance, (True, False)):                    # half of the questions name two at least
             continue
         if fits:
             named = one(chance, fits)

@@ -1,16 +1,17 @@
-"""The built-in world: scenes of one to three shapes and true sentences about them, all from (seed, split, index).
+"""The built-in world: scenes of one to three shapes and true sentences about them, from (seed, split, index).
 
     scene = scenes(range(64), seed=0, split="train")          # dict of tensors, one row a picture
     pictures, masks = render(scene, size=64)                  # (64, 3, 64, 64) in [-1, 1], (64, 3, 64, 64)
-    sentences = captions(scene, k=0)                          # 64 strings; k = 0 tells everything, 1..9 leave things out
+    sentences = captions(scene, k=0)               # 64 strings; k = 0 tells everything, 1..9 leave things out
 
-Nothing is stored and nothing depends on the batch: row i is the same whether it is asked for alone or among thousands.
+Nothing is stored and nothing depends on the batch: row i is the same alone and among thousands.
 
     python -m data.world --sheet out.png          a contact sheet with captions
     python -m data.world --bench                  pictures a second on this machine
 """
 import argparse
 import time
+from functools import partial
 
 import torch
 
@@ -20,24 +21,24 @@ from data.pictures import grid
 
 COLOUR, BACKGROUND = tuple(COLOURS), tuple(BACKGROUNDS)          # names in the order of their ids
 SIZES = ("small", "large")
-SPLITS = ("train", "valid", "test", "unseen")                    # "unseen": combinations that no other split contains
+SPLITS = ("train", "valid", "test", "unseen")            # "unseen": combinations that no other split contains
 ROWS = 2**20                                                     # scenes in each split
 VALUES = {"shape": SHAPES, "colour": COLOUR, "texture": TEXTURES, "size": SIZES,
           "background": BACKGROUND, "pattern": PATTERNS}
 
-RADIUS = (0.36, 0.58)                        # small and large, times CROWD[number of objects - 1]: "large" is relative
+RADIUS = (0.36, 0.58)               # small and large, times CROWD[number of objects - 1]: "large" is relative
 CROWD = (1.0, 0.74, 0.6)                     # to how many share the picture; the two ranges never meet
 SPREAD, GAP, TRIES = 0.06, 0.07, 96          # radii vary by 6 %; least distance of two objects; layouts tried
 
 
-# -- scenes -------------------------------------------------------------------------------------------------------------
+# -- scenes --------------------------------------------------------------------------------------------------
 
 
 def held_out():
     """Which combinations are kept for the split "unseen".   -> (8, 8, 3) bool, True for 24 of 192
 
-    One random permutation a texture: every shape and every colour is held out three times, every texture eight times,
-    and no shape with its colour twice (the seed was chosen for that), so one attribute says little about another.
+    One random permutation a texture: every shape and colour is held out three times, every texture eight times,
+    no pair of shape and colour twice (the seed was chosen so): one attribute says little about another.
     """
     kept = torch.zeros(len(SHAPES), len(COLOUR), len(TEXTURES), dtype=torch.bool)
     for t in range(len(TEXTURES)):
@@ -60,7 +61,7 @@ def keys(index, seed, split, view=0):
 
 
 def choose(u, allowed):
-    """An id among the allowed ones, all equally likely.   u (...) in [0, 1), allowed (..., N) bool -> (...) int64"""
+    """An allowed id, all equally likely.   u (...) in [0, 1), allowed (..., N) bool -> (...) int64"""
     rank = (u * allowed.sum(-1)).long()                                    # how many allowed ids to pass over
     return (allowed.cumsum(-1) > rank[..., None]).int().argmax(-1)
 
@@ -70,8 +71,8 @@ def scenes(index, seed=0, split="train", objects=(1, 3), count=None, view=0):
 
     count (B,) fixes how many each has; views are told apart by a number, so that no two share their scenes.
 
-    present (B, O) bool; shape, colour, texture, size (B, O) int64; centre (B, O, 2), radius, angle, tone (B, O) float32;
-    background, pattern, key (B,) int64; light (B,) float32. Objects keep apart and inside the picture.
+    present (B, O) bool; shape, colour, texture, size (B, O) int64; radius, angle, tone (B, O) and
+    centre (B, O, 2) float32; background, pattern, key (B,) int64; light (B,) float32. Objects keep apart.
     """
     key = keys(index, seed, split, view)
     slots = objects[1]
@@ -82,10 +83,11 @@ def scenes(index, seed=0, split="train", objects=(1, 3), count=None, view=0):
     combination = choose(of[:, 0], (HELD_OUT if split == "unseen" else ~HELD_OUT).flatten())
     size = (of[:, 1] * 2).long()
     scene = {"present": torch.arange(slots) < count[:, None],
-             "shape": combination // 24, "colour": combination // 3 % 8, "texture": combination % 3, "size": size,
-             "radius": radii(size, count, of[:, 2]), "angle": (of[:, 3] - 0.5) * 0.5,      # tilts of at most 14 degrees
-             "tone": (of[:, 4] - 0.5) * 0.07, "background": (u[:, 1] * 6).long(), "pattern": (u[:, 2] * 4).long(),
-             "light": (u[:, 3] - 0.5) * 0.06, "key": key}
+             "shape": combination // 24, "colour": combination // 3 % 8, "texture": combination % 3,
+             "size": size, "radius": radii(size, count, of[:, 2]),
+             "angle": (of[:, 3] - 0.5) * 0.5,                              # tilts of at most 14 degrees
+             "tone": (of[:, 4] - 0.5) * 0.07, "light": (u[:, 3] - 0.5) * 0.06,   # lighter or darker, a little
+             "background": (u[:, 1] * 6).long(), "pattern": (u[:, 2] * 4).long(), "key": key}
     scene["centre"] = place(key, scene["radius"], scene["present"])
     return scene
 
@@ -96,7 +98,7 @@ def radii(size, count, u):
 
 
 def place(key, radius, present):
-    """Centres that keep objects apart: the first of TRIES random layouts that does, or the roomiest.   -> (B, O, 2)"""
+    """Centres, (B, O, 2): the first of TRIES random layouts that keeps objects apart, or the roomiest."""
     slots = radius.shape[1]
     u = uniform(key ^ 0x5CA1AB1E, TRIES * slots * 2).view(-1, TRIES, slots, 2)
     centre = (2 * u - 1) * (0.96 - REACH * radius)[:, None, :, None]       # (B, TRIES, O, 2)
@@ -120,8 +122,8 @@ def to(scene, device):
 
 
 def facts(scene):
-    """A scene in words.   -> B dicts: background, pattern, objects = [{shape, colour, texture, size, x, y}, ...]"""
-    lists = {name: scene[name].tolist() for name in scene if name not in ("radius", "angle", "tone", "light", "key")}
+    """A scene in words.   -> B dicts: background, pattern, objects: [{shape, colour, texture, size, x, y}]"""
+    lists = {name: scene[name].tolist() for name in ("present", "centre", *VALUES)}
     return [{"background": BACKGROUND[lists["background"][b]], "pattern": PATTERNS[lists["pattern"][b]],
              "objects": [{"shape": SHAPES[lists["shape"][b][o]], "colour": COLOUR[lists["colour"][b][o]],
                           "texture": TEXTURES[lists["texture"][b][o]], "size": SIZES[lists["size"][b][o]],
@@ -130,7 +132,7 @@ def facts(scene):
             for b, present in enumerate(lists["present"])]
 
 
-# -- sentences ----------------------------------------------------------------------------------------------------------
+# -- sentences -----------------------------------------------------------------------------------------------
 
 SYNONYMS = {"small": ("small", "little", "tiny"), "large": ("large", "big"), "dotted": ("dotted", "spotted"),
             "circle": ("circle", "disc"), "square": ("square", "box"), "cross": ("cross", "plus"),
@@ -138,7 +140,7 @@ SYNONYMS = {"small": ("small", "little", "tiny"), "large": ("large", "big"), "do
             "checker": ("checkered", "checked"), "noise": ("cloudy", "noisy")}
 PLURALS = {"shape": "shapes", "cross": "crosses", **{s: s + "s" for s in SHAPES if s != "cross"}}
 NUMBERS = ("no", "one", "two", "three")
-FAR = 0.2                             # "on the left", "above": only for at least a tenth of the picture's width
+FAR = 0.2                           # "on the left", "above": only for at least a tenth of the picture's width
 
 
 def one(chance, options):
@@ -163,8 +165,8 @@ def noun(chance, thing, told):
     """"small striped red star", with the told attributes only; without its shape it is a "shape"."""
     textured = "texture" in told and thing["texture"] != "plain"
     after = one(chance, (True, False, False)) and textured                 # "star with stripes"
-    size, texture, shape = (alias(chance, thing[a]) for a in ("size", "texture", "shape"))       # always four draws: one
-    words = [size] if "size" in told else []                               # changed attribute changes no other word
+    size, texture, shape = (alias(chance, thing[a]) for a in ("size", "texture", "shape"))
+    words = [size] if "size" in told else []        # always four draws: an edited thing keeps its other words
     words += [texture] if textured and not after else []
     words += [thing["colour"]] if "colour" in told else []
     words += [shape if "shape" in told else "shape"]
@@ -175,13 +177,15 @@ def noun(chance, thing, told):
 def some(chance, names, least=1):
     """A random subset of attribute names with at least `least` of them."""
     names = list(names)
-    return {names.pop(next(chance) % len(names)) for _ in range(least + next(chance) % (len(names) - least + 1))}
+    number = least + next(chance) % (len(names) - least + 1)
+    return {names.pop(next(chance) % len(names)) for _ in range(number)}
 
 
 def ground(chance, fact, tell_pattern):
     """"on a shaded blue background"."""
-    pattern = "" if not tell_pattern else "plain " if fact["pattern"] == "plain" else alias(chance, fact["pattern"]) + " "
-    return f"{one(chance, ('on', 'on', 'against'))} {article(pattern + alias(chance, fact['background']))} background"
+    name = alias(chance, fact["pattern"]) + " " if tell_pattern else ""
+    before = one(chance, ("on", "on", "against"))
+    return f"{before} {article(name + alias(chance, fact['background']))} background"
 
 
 def listing(phrases):
@@ -191,21 +195,24 @@ def listing(phrases):
 
 def whole(chance, fact, full=False):
     """Every object and the background; full: with every attribute."""
-    told = [set(VALUES) if full else some(chance, ("colour", "texture", "size")) | ({"shape"} if next(chance) % 6 else set())
-            for _ in fact["objects"]]
-    things = listing([article(noun(chance, o, t)) for o, t in zip(fact["objects"], told, strict=True)])
+    phrases = []
+    for thing in fact["objects"]:
+        shape = {"shape"} if next(chance) % 6 else set()
+        told = set(VALUES) if full else some(chance, ("colour", "texture", "size")) | shape
+        phrases.append(article(noun(chance, thing, told)))
     start = one(chance, ("", "", "a picture of ", "there is "))
-    return f"{start}{things} {ground(chance, fact, full or next(chance) % 2)}"
+    return f"{start}{listing(phrases)} {ground(chance, fact, full or next(chance) % 2)}"
 
 
 def part(chance, fact):
     """One of the objects, under-specified, perhaps with where it is or what it is on."""
     thing = one(chance, fact["objects"])
-    words = one(chance, ("", "there is ", "a picture with ")) + article(noun(chance, thing, some(chance, VALUES)))
-    x, y = thing["x"], thing["y"]
-    places = [name for name, true in (("on the left", x < -FAR), ("on the right", x > FAR), ("at the top", y < -FAR),
-                                      ("at the bottom", y > FAR), ("in the middle", max(abs(x), abs(y)) < FAR)) if true]
-    return " ".join([words, one(chance, [*places, *places, ground(chance, fact, False)])])
+    told, x, y = some(chance, VALUES), thing["x"], thing["y"]
+    places = {"on the left": x < -FAR, "on the right": x > FAR, "at the top": y < -FAR,
+              "at the bottom": y > FAR, "in the middle": max(abs(x), abs(y)) < FAR}
+    places = [name for name, true in places.items() if true]
+    start = one(chance, ("", "there is ", "a picture with ")) + article(noun(chance, thing, told))
+    return f"{start} {one(chance, [*places, *places, ground(chance, fact, False)])}"
 
 
 def relation(chance, fact):
@@ -217,13 +224,14 @@ def relation(chance, fact):
     dx, dy = a["x"] - b["x"], a["y"] - b["y"]
     words = {"l": ("left of", "to the left of"), "r": ("right of", "to the right of"),
              "a": ("above", "over"), "b": ("below", "under"), "n": ("next to", "beside")}
-    way = "n" if max(abs(dx), abs(dy)) < FAR else ("r" if dx > 0 else "l") if abs(dx) > abs(dy) else "b" if dy > 0 else "a"
+    way = ("l" if dx < 0 else "r") if abs(dx) > abs(dy) else "a" if dy < 0 else "b"
+    way = "n" if max(abs(dx), abs(dy)) < FAR else way
     a, b = (article(noun(chance, thing, some(chance, ("colour", "shape", "texture")))) for thing in (a, b))
     return f"{one(chance, ('', 'there is '))}{a} {one(chance, words[way])} {b}"
 
 
 def predicate(chance, fact):
-    """"the star is red", "the red shape is a star", "the background is blue": of something there is only one of."""
+    """"the star is red", "the red shape is a star", "the background is blue": about what there is one of."""
     claims = [f"the background is {alias(chance, fact['background'])}"]
     claims += [f"the background is {alias(chance, fact['pattern'])}"]
     for thing in fact["objects"]:
@@ -249,7 +257,7 @@ def counting(chance, fact):
     """"two stars", "there is no red shape", "three shapes on a blue background": exactly that many."""
     thing = one(chance, fact["objects"])
     shape, colour = one(chance, ((thing["shape"], ""), ("shape", thing["colour"]), ("shape", "")))
-    if next(chance) % 4 == 0:                                              # anything: most likely there is none
+    if next(chance) % 4 == 0:                                            # anything: most likely there is none
         shape, colour = one(chance, ((one(chance, SHAPES), ""), ("shape", one(chance, COLOUR))))
     number = sum(matches(o, shape, colour) for o in fact["objects"])
     name = f"{NUMBERS[number]} {colour} {PLURALS[shape] if number > 1 else shape}".replace("  ", " ")
@@ -259,29 +267,28 @@ def counting(chance, fact):
     return f"{there}{name} {ground(chance, fact, False)}"
 
 
-FORMS = (lambda c, f: whole(c, f, full=True), part, whole, relation, predicate, whole, part, counting, relation, whole)
+FORMS = (partial(whole, full=True), part, whole, relation, predicate, whole, part, counting, relation, whole)
 
 
 def captions(scene, k=0):
     """Caption k of every scene: true, and a pure function of the scene's key and k.   -> B strings
 
-    k = 0 tells every attribute of every object; 1..9 leave things out, relate, state or count; 10, 11, ... go round.
+    k = 0 tells every attribute of every object; 1..9 leave things out, relate, state or count; then again.
     """
     form = FORMS[k % len(FORMS)]
     return [form(chance, fact) for chance, fact in zip(chances(scene["key"], k), facts(scene), strict=True)]
 
 
-# -- every word of every view -------------------------------------------------------------------------------------------
+# -- every word of every view --------------------------------------------------------------------------------
 
-NAMES = ("Pip", "Mo", "Zuri", "Otto", "Lila", "Finn", "Nara", "Bo")                          # the cast of the stories
-PLACES = {"white": "snow", "grey": "fog", "black": "night", "yellow": "desert", "green": "meadow", "blue": "sea"}
-KINDS = ("mug", "poster", "cushion", "lamp", "bag", "clock", "plate", "scarf")               # the shop: what titles tell
-MATERIALS = ("wooden", "glass", "linen", "steel", "paper", "clay")                           # and pictures do not show
-OTHER = """a an and against background on in the of there is are with picture no one two three stripes dots shape shapes
-    left right above below over under next beside to at top bottom middle it they meets goes into stands walks jumps stand
-    walk jump dances for how many what which way does do thing things that moves moving move turns stays still
-    moving rotating static doing come many
-    more fewer as than same colour size direction first before after yes up down 0 1 2 3"""
+NAMES = ("Pip", "Mo", "Zuri", "Otto", "Lila", "Finn", "Nara", "Bo")                  # the cast of the stories
+PLACES = dict(zip(BACKGROUND, ("snow", "fog", "night", "desert", "meadow", "sea"), strict=True))
+KINDS = ("mug", "poster", "cushion", "lamp", "bag", "clock", "plate", "scarf")         # the shop: what titles
+MATERIALS = ("wooden", "glass", "linen", "steel", "paper", "clay")                 # tell and no picture shows
+OTHER = """a an and against background on in the of there is are with picture no one two three stripes dots
+    shape shapes left right above below over under next beside to at top bottom middle it they meets goes into
+    stands walks jumps stand walk jump how many what which way does do doing thing things that moves moving move
+    turns stays still rotating static more fewer as than same colour size come before yes up down 0 1 2 3"""
 
 
 def words():
@@ -294,21 +301,23 @@ def words():
 WORDS = words()
 
 
-# -- commands -----------------------------------------------------------------------------------------------------------
+# -- commands ------------------------------------------------------------------------------------------------
 
 
 def bench(size=64, count=2048):
-    """Pictures a second, best of five: the machine is shared, and the best run is the one that was disturbed least."""
+    """How many a second, by the clock and by the processor's time: they differ when the machine is shared."""
     scene = scenes(range(count))
-    for what, work in (("sample scenes", lambda: scenes(range(count))), ("render", lambda: render(scene, size)),
-                       ("write captions", lambda: captions(scene, 2))):
+    print(f"{count} scenes, {size} x {size}, {torch.get_num_threads()} thread(s): best of five")
+    jobs = {"sample scenes": lambda: scenes(range(count)), "render": lambda: render(scene, size),
+            "write captions": lambda: captions(scene, 2)}
+    for what, work in jobs.items():
         seconds = []
         for _ in range(5):
-            start = time.perf_counter()
+            clock, processor = time.perf_counter(), time.process_time()
             work()
-            seconds.append(time.perf_counter() - start)
-        print(f"{what:16}{count / min(seconds):10,.0f} a second  (median {count / sorted(seconds)[2]:,.0f}; "
-              f"{size} x {size}, {torch.get_num_threads()} threads)")
+            seconds.append((time.perf_counter() - clock, time.process_time() - processor))
+        wall, busy = (count / min(column) for column in zip(*seconds, strict=True))
+        print(f"{what:16}{wall:10,.0f} a second  {busy:10,.0f} a CPU-second")
 
 
 def sheet(path, count=32, seed=0, split="train"):

@@ -112,9 +112,10 @@ class MGCN(nn.Module):
         layers = self.cfg.ui_layers + 1
         return mix_hops(self.ui, nodes, [1 / layers] * layers)
 
-    def item_item_view(self, m, purified):
-        """Propagate purified content among look-alikes, no activation, Eq. 8-9.   (I, D) -> (I, D)"""
-        for _ in range(self.cfg.item_layers if self.cfg.item_view else 0):
+    def item_item_view(self, m, purified, hops=None):
+        """Propagate purified content among look-alikes, no activation, Eq. 8-9.   (I, D) -> (I, D); hops: L_ii"""
+        hops = self.cfg.item_layers if hops is None else hops
+        for _ in range(hops if self.cfg.item_view else 0):
             purified = propagate(self.ii[m], purified)
         return purified
 

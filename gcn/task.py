@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from data import parallel
 from data.interactions import load
 from data.metrics import ranking, ranking_chance
-from data.pictures import curves
+from data.pictures import curves, histogram
 from gcn import baselines, fast, mgcn
 from kernels.ranking import rank_of_targets, top_k
 
@@ -192,23 +192,16 @@ class Task:
         order = F.pad(clicks, (0, max(users.shape[0], items.shape[0])))[(user, target)[column]].argsort(stable=True)
         return list(range(1, groups + 1)), [float(part.mean()) for part in hit[order].tensor_split(groups)]
 
-    def draw_views(self, path, bins=25):
-        """Histograms: attention a_m of users and items (Eq. 12); cosine of C and M for the same node and for strangers."""
+    def draw_views(self, path):
+        """Histograms: cosine of C and M for the same node and for strangers; attention to a modality, Eq. 11-12."""
         model, (behaviour, content) = self.model, self.model.views()
-        def histogram(values, low, high):
-            share = torch.histc(values.float().cpu(), bins, low, high) / len(values)
-            return [low + (high - low) * (b + 0.5) / bins for b in range(bins)], share.tolist()
-
         strangers = content[torch.randperm(len(content), device=content.device)]
-        panels = [("same node: how alike are behaviour and content?", {
-            "same": histogram(F.cosine_similarity(behaviour, content), -1.0, 1.0),
-            "strangers": histogram(F.cosine_similarity(behaviour, strangers), -1.0, 1.0)}, {})]
-        if len(model.modalities) > 1 and model.cfg.fuser in ("baf", "shared_only"):
-            a = model.attention(model.content())                                # (N, M)
-            sides = {"users": a[: model.users], "items": a[model.users :]}
-            panels.append((f"attention to {model.modalities[0]}", {
-                side: histogram(x[:, 0], 0.0, 1.0) for side, x in sides.items()}, {}))
-        curves(path, panels, xlabel="cosine, attention (share of nodes in each of 25 bins)")
+        panels = [("cosine of behaviour and content", {
+            "same node": F.cosine_similarity(behaviour, content), "strangers": F.cosine_similarity(behaviour, strangers)})]
+        if hasattr(model, "query"):
+            a = model.attention(model.content())[:, 0]                          # (N,)
+            panels.append((f"attention to {model.modalities[0]}", {"users": a[: model.users], "items": a[model.users :]}))
+        histogram(path, panels)
 
     def planted(self):
         """What the built-in shop knows and the model was never told: accidental clicks, tastes for picture or title."""

@@ -228,13 +228,13 @@ def _backward_kernel(q, k, v, lengths, mask, gate, dout, dq, dk, dv, dgate,
         ds = (p * (dp - delta[:, None])).to(query.dtype)
         sum_v += dot(tl.trans(p.to(grad.dtype)), grad, PRECISION, UPCAST)
         sum_k += dot(tl.trans(ds), query, PRECISION, UPCAST)
-        step = dot(ds, keys, PRECISION, UPCAST) * (factor * SCALE)
+        step = dot(ds, keys, PRECISION, UPCAST) * SCALE * factor
         if ADD:                                                      # the frame branch has written its part already
             step += tl.load(dq + at, mask=inside, other=0.0)
         tl.store(dq + at, step.to(dq.dtype.element_ty), mask=inside)
     part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)        # (S, B, F, H, K, D)
     at, inside = part * (K * D) + key[:, None] * D + d[None, :], (key < K)[:, None] & (d < D)[None, :]
-    tl.store(dk + at, sum_k * (factor * SCALE), mask=inside)
+    tl.store(dk + at, sum_k * SCALE * factor, mask=inside)
     tl.store(dv + at, sum_v * factor, mask=inside)
     if dgate is not None:
         tl.store(dgate + part, tl.sum(sum_gate))
@@ -271,7 +271,7 @@ TILES = {
 def _tile(kind, x, keys):
     """(queries, warps) of kernel `kind` for queries x (..., D) and so many keys, or None."""
     if not x.is_cuda:
-        return 16, 4                                                  # the interpreter knows no registers
+        return 64, 4                                                  # the interpreter knows no registers
     major, minor = torch.cuda.get_device_capability(x.device)
     chip = "90" if major in (9, 10) else "80" if (major, minor) == (8, 0) else "86"
     kind_of = "half" if x.element_size() == 2 else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float"

@@ -5,9 +5,9 @@ Backward   dx = A^T dy: the same walk over the transpose, by the same function, 
 Hops       sum_l w[l] A^l x by Horner's rule: h = w[L] x, then h <- A h + w[l] x for l = L-1 .. 0. No stack of
            layers, no mean, and the derivative is the same polynomial of A^T.
 Kernel     every row is cut into pieces of at most PIECE entries, pieces are sorted by length, and a program
-           gathers a few of equal length side by side. A row of one piece is written at once; the partial sums of a
-           long row are rows of a scratch, which the same kernel adds again until one is left. So a hub is many
-           short sums in parallel, there is no atomic, and the result is one fixed tree: the same bits every run.
+           gathers a few of equal length side by side. A row of one piece is written at once; the partial sums
+           of a long row are rows of a scratch, which the same kernel adds again until one is left. So a hub is
+           many short sums in parallel, there is no atomic, and the sum is one fixed tree: the same bits every run.
 Cost       E D multiply-adds, E D gathered numbers (memory bound); nothing of size E D is ever stored.
 """
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Graph:
         value = value if double else value.float()
         distinct, place = torch.unique_consecutive(key, return_inverse=True)
         ones = weight is None and len(distinct) == len(key)
-        if len(distinct) < len(key):             # index_put_ adds in a fixed order on a GPU, index_add_ does not
+        if len(distinct) < len(key):          # index_put_ adds in a fixed order on a GPU, index_add_ does not
             value = value.new_zeros(len(distinct)).index_put_((place,), value, accumulate=True)
         source = distinct // max(shape[1], 1)
         ptr = torch.searchsorted(source, torch.arange(shape[0] + 1, device=row.device)).int()
@@ -77,7 +77,7 @@ class Graph:
 
     @staticmethod
     def from_knn(neighbours, weight=None):
-        """Directed graph of neighbour lists (I, k): row i points at neighbours[i]. Its transpose is another graph."""
+        """Directed graph of neighbour lists (I, k): row i points at neighbours[i]; not its own transpose."""
         count, k = neighbours.shape
         rows = torch.arange(count, device=neighbours.device).repeat_interleave(k)
         weight = None if weight is None else weight.flatten()
@@ -125,7 +125,7 @@ class Graph:
         return self.users, int(self.ptr[self.users])
 
     def rows(self, index):
-        """The rows `index` (n,) of A as a graph (n, N_in); they may repeat. Nearly free: made anew for every batch."""
+        """The rows `index` (n,) of A as a graph (n, N_in), repeats allowed. Nearly free: made for every batch."""
         return Rows(self, index)
 
     def to(self, device):
@@ -146,10 +146,10 @@ class Graph:
 
     @cached_property
     def pieces(self):
-        """[(table (P, 3) int32, slots)] for every level: start, length, destination of each piece, longest first.
+        """[(table (P, 3) int32, slots)], a level each: start, length, destination of its pieces, longest first.
 
-        Destination >= 0: the whole row, finished here. Destination -1 - s: slot s of this level's scratch; slots are
-        the entries of the next level. A row of 32 entries needs one level, of 1,024 two, of a million four.
+        Destination >= 0: the whole row, finished here. Destination -1 - s: slot s of this level's scratch, whose
+        slots are the next level's entries. A row of 32 entries needs one level, of 1,024 two, of a million four.
         """
         device, levels = self.device, []
         ptr, rows = self.ptr.long(), torch.arange(self.shape[0], device=device)
@@ -168,7 +168,7 @@ class Graph:
 
 
 class Rows(Graph):
-    """Chosen rows of a graph. Two ways to the product: walk these rows, or walk all and pick if that is less."""
+    """Chosen rows of a graph. Two ways to the product: walk them, or walk all and pick if that is less."""
 
     def __init__(self, parent, index):
         if index.dim() != 1 or index.is_floating_point():
@@ -183,7 +183,7 @@ class Rows(Graph):
 
     @property
     def most(self):
-        """True if walking all is less work: copying an entry costs two walks, a plan on a GPU twenty launches."""
+        """True if walking all is less: copying an entry costs two walks, a plan on a GPU twenty launches."""
         return self.parent.nnz < 3 * self.nnz + (4_000_000 if self.device.type == "cuda" else 10_000)
 
     @cached_property
@@ -209,7 +209,7 @@ class Rows(Graph):
 def _check_edges(row, col, shape, weight, names=("row", "col")):
     a, b = names
     if row.shape != col.shape or row.dim() != 1 or (weight is not None and weight.shape != row.shape):
-        raise ValueError(f"{a} {tuple(row.shape)}, {b} {tuple(col.shape)} and weight must be vectors, equally long")
+        raise ValueError(f"{a} {tuple(row.shape)}, {b} {tuple(col.shape)} and weight must be of one length")
     if row.is_floating_point() or col.is_floating_point() or max(len(row), *shape) >= 2**31:
         raise ValueError(f"{a} and {b} must be integers, edges and nodes fewer than 2^31: columns are int32")
     if weight is not None and weight.requires_grad:
@@ -236,7 +236,7 @@ def _hops_reference(graph, x, weights):
         return (weights[0] * wide).to(x.dtype)
     h = wide
     for hop, (above, weight) in enumerate(zip(weights[:0:-1], weights[-2::-1], strict=True)):
-        scaled = value if hop or above == 1 else above * value      # w[L] times E weights, not times N D numbers
+        scaled = value if hop or above == 1 else above * value    # w[L] times E weights, not N D numbers
         plain = graph.ones and scaled is value
         if graph.nnz and x.shape[1]:
             h = F.embedding_bag(graph.col, h, graph.ptr, mode="sum", include_last_offset=True,
@@ -404,7 +404,7 @@ def knn(features, k, block=2048):
     if len(bad):
         raise ValueError(f"feature row {int(bad[0, 0])} is zero or not finite: it has no direction")
     unit, found, values = features.float() / norm, [], []
-    for rows in unit.split(max(1, min(block, 2**27 // len(unit)))):                  # at most 512 MiB of numbers
+    for rows in unit.split(max(1, min(block, 2**27 // len(unit)))):                # at most 512 MiB
         similarity = rows @ unit.T                                                   # (block, I)
         top, index = similarity.topk(k, dim=1)
         crowd = ((similarity >= top[:, -1:]).sum(1) > k).nonzero()[:, 0]             # a tie across the border
@@ -423,16 +423,15 @@ def compile_cases():
     everywhere = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
     usual = {"GATHER": True, "WEIGHTED": True, "MIX": True, "WIDE": False, "DOUBLE": False, "UNROLL": UNROLL}
     for name, dtype, width, flags, targets in (
-            ("mix", "fp32", 64, {}, everywhere), ("mix", "bf16", 64, {}, everywhere),
-            ("plain", "fp32", 64, {"MIX": False}, ("sm_90",)), ("ones", "fp32", 64, {"WEIGHTED": False}, ("sm_90",)),
-            ("slots", "fp32", 64, {"GATHER": False, "WEIGHTED": False}, ("sm_90",)),
-            ("wide", "fp32", 64, {"WIDE": True}, ("sm_90",)), ("mix", "fp16", 64, {}, ("sm_90",)),
-            ("mix", "fp32", 16, {}, ("sm_90",)), ("mix", "fp32", 128, {}, ("sm_90",)), ("mix", "bf16", 128, {}, ("sm_90",))):
+            ("mix", "fp32", 64, {}, everywhere), ("mix", "bf16", 64, {}, everywhere), ("mix", "fp16", 64, {}, ["sm_90"]),
+            ("plain", "fp32", 64, {"MIX": False}, ["sm_90"]), ("ones", "fp32", 64, {"WEIGHTED": False}, ["sm_90"]),
+            ("slots", "fp32", 64, {"GATHER": False, "WEIGHTED": False}, ["sm_90"]),
+            ("wide", "fp32", 64, {"WIDE": True}, ["sm_90"]), ("mix", "fp32", 16, {}, ["sm_90"]),
+            ("mix", "fp32", 128, {}, ["sm_90"]), ("mix", "bf16", 128, {}, ["sm_90"])):
         rows, columns = tile(width)
-        x = f"*{dtype}:16"
-        yield {"name": f"propagate {name} {dtype} D={width}", "kernel": _walk_kernel, "kind": "bandwidth", "num_warps": 4,
-               "wide": UNROLL * (2 if dtype == "fp32" else 1), "targets": targets,
+        x, p = f"*{dtype}:16", "*fp32:16"
+        yield {"name": f"propagate {name} {dtype} D={width}", "kernel": _walk_kernel, "kind": "bandwidth",
+               "wide": UNROLL * (2 if dtype == "fp32" else 1), "num_warps": 4, "targets": targets,
                "constants": {**usual, **flags, "ROWS": rows, "BLOCK_D": columns},
-               "signature": {"pieces": "*i32:16", "col": "*i32:16", "weight": "*fp32:16", "x": x, "z": x, "y": x,
-                             "scratch": "*fp32:16", "mix": "*fp32:16", "P": "i32", "D": "i32:16",
-                             "x_stride": "i32:16", "z_stride": "i32:16"}}
+               "signature": {"pieces": "*i32:16", "col": "*i32:16", "weight": p, "x": x, "z": x, "y": x, "scratch": p,
+                             "mix": p, "P": "i32", "D": "i32:16", "x_stride": "i32:16", "z_stride": "i32:16"}}
