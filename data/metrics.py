@@ -161,7 +161,8 @@ def r_precision(images, texts, candidates=100, generator=None, groups=None):
     others = keys.topk(candidates - 1, largest=False).indices.to(images.device)
     similarity = F.normalize(images.double(), dim=1) @ F.normalize(texts.double(), dim=1).T           # (N, N)
     own, rivals = similarity.diagonal()[:, None], similarity.gather(1, others)
-    return float(((rivals <= own).all(1) / (1 + (rivals == own).sum(1))).mean())
+    level = (rivals - own).abs() < 1e-9                # equal up to the order of summation: not a difference
+    return float(((level | (rivals < own)).all(1) / (1 + level.sum(1))).mean())
 
 
 def attribute_accuracy(predicted, true):

@@ -1,4 +1,4 @@
-"""Clips of moving shapes with questions of the SVQA types: the view of the built-in world for video question answering.
+"""Clips of moving shapes with questions of the SVQA types: the built-in world for video question answering.
 
     view = clips(range(100), seed=0, split="train", questions=8)
     view["question"][0], view["answer"][0], view["type"][0], view["video"][0], view["evidence"][0]
@@ -6,46 +6,48 @@
 
 A video shows six objects, each for two of the eight clips, in two lanes: at most two are seen at once.
 
-    lane one    | 0 0 | 2 2 | 4 4 | 6 6 |       seven places, named by the clip in which they begin; six are taken
-    lane two      | 1 1 | 3 3 | 5 5 |           by a random order of the objects, one stays empty
+    lane one    | 0 0 | 2 2 | 4 4 | 6 6 |       seven places, named by the clip in which they begin; the six
+    lane two      | 1 1 | 3 3 | 5 5 |           objects take them in random order, one place stays empty
 
-Balance is built in. The colours of the six are dealt as a a a b b c and the shapes as x x x y y z, so every count from 0
-to 3 is there to be asked for in every video; the type and the answer are drawn first, then a question that has it. The
-attributes are dealt independently and alike, so the words of a question say nothing about its answer.
+Balance is built in. The colours of the six are dealt as a a a b b c and their shapes as x x x y y z, so every
+number from 0 to 3 can be asked about in every video. Type and answer are drawn first, then a question that
+has this answer. Attributes are dealt independently and alike: a question's words do not betray its answer.
 """
 from itertools import combinations
 
 import torch
 
 from data.draw import SHAPES, render, uniform
-from data.world import BACKGROUND, COLOUR, PLURALS, SIZES, chances, keys, one, pick
+from data.world import BACKGROUND, COLOUR, PLURALS, SIZES, article, chances, keys, one, pick
 
 CLIPS, OBJECTS = 8, 6
-RADII = (0.25, 0.37)                       # small and large: two lanes of width 1 leave no more
-TURNING = tuple(SHAPES.index(s) for s in ("square", "triangle", "star", "heart", "cross", "moon"))  # turns show
+RADII = (0.25, 0.37)                                # small and large: lanes of width 1 leave no room for more
+FORMS = ("square", "triangle", "star", "heart", "cross", "moon")  # a circle that turns looks as if it did not
+TURNING = tuple(SHAPES.index(s) for s in FORMS)
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-MOTIONS = (*DIRECTIONS, "rotating", "static")                 # what a thing does; the first four are "moving"
+MOTIONS = (*DIRECTIONS, "rotating", "static")           # what a thing does; the first four are "moving"
 DOES = {**{d: f"that moves {d}" for d in DIRECTIONS}, "rotating": "that turns", "static": "that stays still"}
 STREAMS = ("appearance", "motion", "both")
 
-SVQA = {"count": 5520, "exist": 1920, "query colour": 2160, "query size": 2160, "query action": 1920, "query direction": 2160,
-        "query shape": 2160, "more": 720, "equal": 720, "less": 720, "same colour": 720, "same size": 720,
-        "same action": 720, "same direction": 720, "same shape": 720}  # questions of a type in SVQA's test split
+SVQA = {"count": 5520, "exist": 1920, "query colour": 2160, "query size": 2160, "query action": 1920,
+        "query direction": 2160, "query shape": 2160, "more": 720, "equal": 720, "less": 720,
+        "same colour": 720, "same size": 720, "same action": 720, "same direction": 720,
+        "same shape": 720}                              # the numbers of questions in SVQA's test split
 TYPES = {**SVQA, "relation": 1200, "order": 1200}      # ours: where two things are, which of them comes first
-ANSWERS = (*"0123", "yes", "no", *COLOUR, *(SHAPES[s] for s in TURNING), *SIZES, *DIRECTIONS, "moving", "rotating", "static")
+ANSWERS = (*"0123", "yes", "no", *COLOUR, *FORMS, *SIZES, *DIRECTIONS, "moving", "rotating", "static")
 
 
 # -- videos --------------------------------------------------------------------------------------------------
 
 
 def deal(u, values, pattern):
-    """Distinct random values for the letters of a pattern, the pattern shuffled.   u (V, len(values) + 6) -> (V, 6)"""
+    """Random distinct values for the letters of a pattern, shuffled.   u (V, len(values) + 6) -> (V, 6)"""
     letters = values[u[:, : len(values)].argsort(1)]
     return letters.gather(1, torch.tensor(pattern)[u[:, len(values) :].argsort(1)])
 
 
 def videos(key):
-    """What the six objects of each video are and when they appear.   key (V,) -> dict of (V, 6) and (V,) tensors
+    """What the six objects of each video are and when they appear.   key (V,) -> dict of (V, 6), (V,) tensors
 
     Three objects move (two of them the same way), the others turn or stay still, at least one of each.
     """
@@ -58,41 +60,51 @@ def videos(key):
             "size": deal(u[:, 26:34], torch.arange(2), (0, 0, 0, 1, 1, 1)),
             "motion": motion.gather(1, u[:, 34:40].argsort(1)),
             "start": u[:, 40:47].argsort(1)[:, :OBJECTS],          # first clip; even: lane one, odd: lane two
-            "offset": u[:, 47:53] * 2 - 1, "spin": (u[:, 53:59] < 0.5) * 2.0 - 1, "upright": u[:, 60] < 0.5,
-            "swap": u[:, 61] < 0.5, "background": (u[:, 62] * len(BACKGROUND)).long(), "pattern": (u[:, 63] * 2).long(),
-            "key": key}
+            "offset": u[:, 47:53] * 2 - 1,                             # where in its lane
+            "spin": (u[:, 53:59] < 0.5) * 2.0 - 1,                     # which way it turns or leans
+            "upright": u[:, 60] < 0.5,                           # lanes side by side, not one below the other
+            "swap": u[:, 61] < 0.5,                                    # lane one is below, or to the right
+            "background": (u[:, 62] * len(BACKGROUND)).long(), "pattern": (u[:, 63] * 2).long(), "key": key}
 
 
 def film(view, rows, size=32, frames=4):
-    """The clips of some videos.   -> (n, 8 * frames, 3, size, size) in [-1, 1]; `frames` pictures a clip"""
+    """The clips of some videos, `frames` pictures each.   -> (n, 8 * frames, 3, size, size) in [-1, 1]"""
     return render(frame_scene(view, rows, frames), size)[0].view(-1, CLIPS * frames, 3, size, size)
 
 
 def frame_scene(view, rows, frames=4):
     """Every frame of some videos as a scene of n * 8 * frames rows; slot 0 is lane one, slot 1 lane two."""
-    film = pick(view["videos"], torch.as_tensor(list(rows)))
-    total, time = len(film["key"]), torch.arange(CLIPS * frames)
-    lane = torch.arange(2)[:, None]
-    begins = (time // frames - lane) // 2 * 2 + lane                 # (2, T): where the object seen now began
-    match = film["start"][:, None, None] == begins[..., None]              # (n, 2, T, 6)
-    present, which = match.any(-1), match.int().argmax(-1)
-    own = {name: film[name].gather(1, which.flatten(1)).view(which.shape) for name in
-           ("colour", "shape", "size", "motion", "offset", "spin")}        # each (n, 2, T)
-    spent = (time - begins * frames) / (2 * frames - 1) * 2 - 1            # -1 .. 1 while the object is there
-    moving = own["motion"] < 4
+    some = pick(view["videos"], torch.as_tensor(list(rows), dtype=torch.long))
+    total, time, lane = len(some["key"]), torch.arange(CLIPS * frames), torch.arange(2)[:, None]
+    begins = (time // frames - lane) // 2 * 2 + lane                  # (2, T): where the thing seen now began
+    match = some["start"][:, None, None] == begins[..., None]          # (n, 2, T, 6)
+    which = match.int().argmax(-1)
+    own = {name: some[name].gather(1, which.flatten(1)).view(which.shape)                  # (n, 2, T) each
+           for name in ("colour", "shape", "size", "motion", "offset", "spin")}
+    upright, swap = (some[name][:, None, None] for name in ("upright", "swap"))
+    centre, angle = moves(own, time - begins * frames, frames, upright, swap)
+    slots = {"present": match.any(-1), "shape": own["shape"], "colour": own["colour"], "size": own["size"],
+             "texture": torch.zeros_like(which), "radius": torch.tensor(RADII)[own["size"]], "angle": angle,
+             "centre": centre, "tone": torch.zeros_like(angle)}
+    each = {name: some[name].repeat_interleave(len(time)) for name in ("background", "pattern", "key")}
+    return {**{name: x.transpose(1, 2).flatten(0, 1) for name, x in slots.items()}, **each,
+            "light": torch.zeros(total * len(time))}
+
+
+def moves(own, age, frames, upright, swap):
+    """Centres (n, 2, T, 2) and angles (n, 2, T) of things that have been there for `age` (2, T) frames.
+
+    Along its lane a thing travels 0.92, across it 0.26; a turning one makes 1.4 radians a clip.
+    """
     way = torch.tensor([*DIRECTIONS.values(), (0, 0), (0, 0)])[own["motion"]].float()      # (n, 2, T, 2)
-    upright = film["upright"][:, None, None]               # lanes side by side instead of one below the other
-    across = torch.where(film["swap"][:, None, None], 0.5, -0.5) * (1 - 2 * lane)          # (n, 2, 1)
-    along_way = torch.where(upright, way[..., 1], way[..., 0])
+    along_way, across_way = (torch.where(upright, way[..., i], way[..., 1 - i]) for i in (1, 0))
+    spent = age / (2 * frames - 1) * 2 - 1                             # -1 .. 1 while the thing is there
+    middle = torch.where(swap, 0.5, -0.5) * (1 - 2 * torch.arange(2)[:, None])             # of its lane
     along = own["offset"] * torch.where(along_way != 0, 0.08, 0.5) + along_way * spent * 0.46
-    across = across + torch.where(upright, way[..., 0], way[..., 1]) * spent * 0.13
-    centre = torch.where(upright[..., None], torch.stack([across, along], -1), torch.stack([along, across], -1))
-    angle = torch.where(own["motion"] == 4, own["spin"] * (time - begins * frames) * (1.4 / frames), own["spin"] * 0.1)
-    flat = {name: x.transpose(1, 2).flatten(0, 1) for name, x in (                         # (n T, 2)
-        ("present", present), ("shape", own["shape"]), ("colour", own["colour"]), ("size", own["size"]), ("angle", angle),
-        ("radius", torch.tensor(RADII)[own["size"]]), ("centre", centre), ("tone", moving * 0.0))}
-    still = {name: film[name].repeat_interleave(len(time)) for name in ("background", "pattern", "key")}
-    return flat | still | {"texture": torch.zeros_like(flat["shape"]), "light": torch.zeros(total * len(time))}
+    across = middle + across_way * spent * 0.13
+    flat, tall = torch.stack([along, across], -1), torch.stack([across, along], -1)
+    angle = own["spin"] * torch.where(own["motion"] == MOTIONS.index("rotating"), age * (1.4 / frames), 0.1)
+    return torch.where(upright[..., None], tall, flat), angle
 
 
 # -- questions -----------------------------------------------------------------------------------------------
@@ -101,9 +113,9 @@ def frame_scene(view, rows, frames=4):
 def clips(index, seed=0, split="train", questions=8, types=SVQA):
     """Videos and questions about them.   types: {type: weight}
 
-    -> videos: dict for film(); and per question, q = video * questions + number: video, question, answer, type: lists;
-       evidence (Q, 8) bool: the clips that show what the question is about (none where the answer is that nothing does);
-       stream (Q,): place in STREAMS, where the answer lies; filters (Q,): how many attributes the question names
+    -> videos: dict for film(); and for every question, number n of video v at v * questions + n: video,
+       question, answer, type: lists; evidence (Q, 8) bool: the clips that show what it is about, none where
+       nothing does; stream (Q,): place in STREAMS, where the answer lies; filters (Q,): attributes named
     """
     for name in types:
         if name not in TYPES:
@@ -111,59 +123,62 @@ def clips(index, seed=0, split="train", questions=8, types=SVQA):
     key = keys(index, seed, split, view=4)
     shown = videos(key)
     pot = [name for name, weight in types.items() for _ in range(max(1, round(weight / 120)))]
-    rows = zip(*(shown[name].tolist() for name in ("colour", "shape", "size", "motion", "start", "upright", "swap")), strict=True)
-    asked, streams = [], [chances(key, 100 + q, 96) for q in range(questions)]
-    for v, (*columns, upright, swap) in enumerate(rows):
-        things = [{"colour": COLOUR[c], "shape": SHAPES[s], "size": SIZES[z], "motion": MOTIONS[m], "start": b,
-                   "action": "moving" if m < 4 else MOTIONS[m], "first": (b % 2 == 0) != swap}
-                  for c, s, z, m, b in zip(*columns, strict=True)]
-        for q in range(questions):
-            asked.append(ask(streams[q][v], things, pot, upright) | {"video": v})
+    streams, asked = [chances(key, 100 + n, 128) for n in range(questions)], []
+    for v, things in enumerate(contents(shown)):
+        asked += [ask(streams[n][v], things, pot) | {"video": v} for n in range(questions)]
     view = {name: [a[name] for a in asked] for name in ("video", "question", "answer", "type")}
-    view["stream"], view["filters"] = (torch.tensor([a[name] for a in asked]) for name in ("stream", "filters"))
-    view["evidence"] = torch.tensor([[any(b <= c < b + 2 for b in a["starts"]) for c in range(CLIPS)] for a in asked])
+    view["evidence"] = torch.tensor([[c in a["clips"] for c in range(CLIPS)] for a in asked])
+    view["stream"], view["filters"] = (torch.tensor([a[k] for a in asked]) for k in ("stream", "filters"))
     return view | {"videos": shown}
 
 
-def ask(chance, things, pot, upright):
-    """One question: draw its type, then its answer, then words that have this answer here; if there are none, again."""
+def contents(shown):
+    """Videos in words.   -> V lists of six dicts"""
+    names = ("colour", "shape", "size", "motion", "start", "upright", "swap")
+    return [[{"colour": COLOUR[c], "shape": SHAPES[s], "size": SIZES[z], "motion": MOTIONS[m], "start": b,
+              "action": "moving" if m < 4 else MOTIONS[m], "upright": upright, "first": (b % 2 == 0) != swap}
+             for c, s, z, m, b in zip(*six, strict=True)]
+            for *six, upright, swap in zip(*(shown[name].tolist() for name in names), strict=True)]
+
+
+def ask(chance, things, pot):
+    """One question. Its type comes first, then its answer, then words that have it; if none do, again."""
     while True:
         name = one(chance, pot)
         family, _, attribute = name.partition(" ")
-        found = {"count": count, "exist": exist, "query": query, "same": same}.get(family, compare)(chance, things, attribute or name) \
-            if family not in ("relation", "order") else pairwise(chance, things, name, upright)
+        found = WRITERS[family](chance, things, attribute or name)
         if found:
-            question, answer, touched, named = found
-            moves = bool({"motion"} & set(named))
-            stream = 1 if attribute in ("action", "direction") else 2 if moves else 0
-            return {"question": question, "answer": answer, "type": name, "starts": [things[i]["start"] for i in touched],
-                    "stream": stream, "filters": len(named)}
+            question, answer, about, named = found
+            stream = 1 if attribute in ("action", "direction") else 2 if "motion" in named else 0
+            seen = {things[i]["start"] + later for i in about for later in (0, 1)}
+            return {"question": question, "answer": answer, "type": name, "stream": stream,
+                    "filters": len(named), "clips": seen}
 
 
 def phrase(thing, named):
     """"large red star that moves left", with the named attributes only."""
-    words = [thing[a] for a in ("size", "colour") if a in named] + [thing["shape"] if "shape" in named else "thing"]
+    words = [thing[a] for a in ("size", "colour") if a in named]
+    words += [thing["shape"] if "shape" in named else "thing"]
     return " ".join(words + [DOES[thing["motion"]]] * ("motion" in named))
 
 
 def describe(chance, things, i, hidden):
-    """A phrase that fits thing i alone and does not mention the hidden attribute.   -> phrase, attributes named; or None"""
-    hidden = {"action": "motion", "direction": "motion"}.get(hidden, hidden)
+    """A phrase that fits thing i alone and does not tell `hidden`.   -> phrase, attributes named; or None"""
+    hidden = "motion" if hidden in ("action", "direction") else hidden
     free = [a for a in ("colour", "shape", "size", "motion") if a != hidden]
-    for n in (1, 2, 3):                                              # one or two attributes if that is enough
+    rest = things[:i] + things[i + 1 :]
+    for n in (1, 2, 3):
         fits = [named for named in combinations(free, n)
-                if all(any(t[a] != things[i][a] for a in named) for j, t in enumerate(things) if j != i)]
-        if n == 1 and one(chance, (True, False)):                    # half of the questions name two at least
-            continue
-        if fits:
+                if not any(all(t[a] == things[i][a] for a in named) for t in rest)]
+        if fits and (n > 1 or next(chance) % 2):                 # one attribute half the time if it is enough
             named = one(chance, fits)
             return phrase(things[i], named), named
     return None
 
 
 def value_with(chance, things, attribute, number):
-    """A colour or shape that exactly `number` of the things have: the deal has one for every number from 0 to 3."""
-    values = COLOUR if attribute == "colour" else [SHAPES[s] for s in TURNING]
+    """A colour or shape that exactly `number` of the things have: there is one for every number, 0 to 3."""
+    values = COLOUR if attribute == "colour" else FORMS
     return one(chance, [v for v in values if sum(t[attribute] == v for t in things) == number])
 
 
@@ -171,28 +186,31 @@ def many(attribute, value):
     return f"{value} things" if attribute == "colour" else PLURALS[value]
 
 
+# Every writer returns (question, answer, places of the things it is about, attributes named), or None.
+
+
 def count(chance, things, _):
     number, attribute = next(chance) % 4, one(chance, ("colour", "shape"))
     value = value_with(chance, things, attribute, number)
-    touched = [i for i, t in enumerate(things) if t[attribute] == value]
-    return f"how many {many(attribute, value)} are there", str(number), touched, (attribute,)
+    about = [i for i, t in enumerate(things) if t[attribute] == value]
+    return f"how many {many(attribute, value)} are there", str(number), about, (attribute,)
 
 
 def exist(chance, things, _):
-    """Take one attribute of some thing; the other is its own (yes) or one that makes the pair fit nothing (no)."""
+    """Keep one attribute of some thing; the other is its own (yes) or makes a pair that fits nothing."""
     answer, thing = one(chance, ("yes", "no")), one(chance, things)
-    kept, other = one(chance, (("colour", "shape"), ("shape", "colour"), ("motion", "colour"), ("motion", "shape")))
+    kept = one(chance, ("colour", "shape", "motion", "motion"))
+    other = {"colour": "shape", "shape": "colour"}.get(kept) or one(chance, ("colour", "shape"))
     if answer == "no":
-        values = COLOUR if other == "colour" else [SHAPES[s] for s in TURNING]
-        thing = thing | {other: one(chance, [v for v in values if not any(
-            t[kept] == thing[kept] and t[other] == v for t in things)])}
-    touched = [i for i, t in enumerate(things) if all(t[a] == thing[a] for a in (kept, other))]
-    words = phrase(thing, (kept, other))
-    return f"is there {'an' if words[0] in 'aeiou' else 'a'} {words}", answer, touched, (kept, other)
+        taken = {t[other] for t in things if t[kept] == thing[kept]}
+        values = COLOUR if other == "colour" else FORMS
+        thing = thing | {other: one(chance, [v for v in values if v not in taken])}
+    about = [i for i, t in enumerate(things) if all(t[a] == thing[a] for a in (kept, other))]
+    return f"is there {article(phrase(thing, (kept, other)))}", answer, about, (kept, other)
 
 
 def query(chance, things, attribute):
-    """One attribute of one thing. The answer comes first where there are few: sizes and actions."""
+    """One attribute of one thing. Sizes and actions are drawn first; the others are dealt evenly."""
     rows = list(range(OBJECTS))
     if attribute in ("size", "action"):
         wanted = one(chance, SIZES if attribute == "size" else ("moving", "rotating", "static"))
@@ -209,7 +227,7 @@ def query(chance, things, attribute):
 
 
 def compare(chance, things, kind):
-    """"are there more red things than stars": how many of each comes first, then a colour and a shape that have it."""
+    """"are there more red things than stars": two numbers come first, then a colour and a shape with them."""
     true = {"more": lambda m, n: m > n, "less": lambda m, n: m < n, "equal": lambda m, n: m == n}[kind]
     answer = one(chance, ("yes", "no"))
     numbers = one(chance, [(m, n) for m in range(4) for n in range(4) if true(m, n) == (answer == "yes")])
@@ -217,39 +235,45 @@ def compare(chance, things, kind):
     values = [value_with(chance, things, a, n) for a, n in zip(sets, numbers, strict=True)]
     left, right = (many(a, v) for a, v in zip(sets, values, strict=True))
     words = {"more": f"more {left} than", "less": f"fewer {left} than", "equal": f"as many {left} as"}[kind]
-    touched = [i for i, t in enumerate(things) if any(t[a] == v for a, v in zip(sets, values, strict=True))]
-    return f"are there {words} {right}", answer, touched, sets
+    about = [i for i, t in enumerate(things) if any(t[a] == v for a, v in zip(sets, values, strict=True))]
+    return f"are there {words} {right}", answer, about, sets
 
 
 def same(chance, things, attribute):
     """Do two things, each described without it, share an attribute?"""
     own = "motion" if attribute == "direction" else attribute
     answer = one(chance, ("yes", "no"))
-    pairs = [(i, j) for i in range(OBJECTS) for j in range(OBJECTS) if i != j
-             and (things[i][own] == things[j][own]) == (answer == "yes")
-             and (attribute != "direction" or things[i]["action"] == things[j]["action"] == "moving")]
-    i, j = one(chance, pairs)
-    a, b = describe(chance, things, i, attribute), describe(chance, things, j, attribute)
-    if not (a and b):
-        return None
-    words = {"action": "doing the same", "direction": "moving the same way"}.get(attribute, f"the same {attribute}")
-    return f"are the {a[0]} and the {b[0]} {words}", answer, [i, j], (*a[1], *b[1])
+    rows = [i for i, t in enumerate(things) if attribute != "direction" or t["action"] == "moving"]
+    pairs = [(i, j) for i in rows for j in rows
+             if i != j and (things[i][own] == things[j][own]) == (answer == "yes")]
+    words = {"action": "doing the same", "direction": "moving the same way"}
+    words = "are the {} and the {} " + words.get(attribute, f"the same {attribute}")
+    return pairwise(chance, things, pairs, attribute, words, answer)
 
 
-def pairwise(chance, things, kind, upright):
-    """Relation: two things seen in one clip, one in each lane. Order: two things whose times do not touch."""
-    gap = [(i, j, things[j]["start"] - things[i]["start"]) for i in range(OBJECTS) for j in range(OBJECTS)]
+def relation(chance, things, _):
+    """Two things that are seen in one clip, so one in each lane."""
     answer = one(chance, ("yes", "no"))
-    if kind == "order":
-        pairs = [(i, j) for i, j, after in gap if abs(after) > 2 and (after > 0) == (answer == "yes")]
-    else:
-        pairs = [(i, j) for i, j, after in gap if abs(after) == 1 and things[i]["first"] == (answer == "yes")]
-    if not pairs:
-        return None
+    pairs = [(i, j) for i, a in enumerate(things) for j, b in enumerate(things)
+             if abs(a["start"] - b["start"]) == 1 and a["first"] == (answer == "yes")]
+    words = "left of" if things[0]["upright"] else "above"
+    return pairwise(chance, things, pairs, "", f"is the {{}} {words} the {{}}", answer)
+
+
+def order(chance, things, _):
+    """Two things that are not seen together; the one or the other comes first."""
+    answer = one(chance, ("yes", "no"))
+    pairs = [(i, j) for i, a in enumerate(things) for j, b in enumerate(things)
+             if abs(b["start"] - a["start"]) > 2 and (b["start"] > a["start"]) == (answer == "yes")]
+    return pairwise(chance, things, pairs, "", "does the {} come before the {}", answer)
+
+
+def pairwise(chance, things, pairs, hidden, words, answer):
+    """Fill a question about two things with their descriptions."""
     i, j = one(chance, pairs)
-    a, b = describe(chance, things, i, ""), describe(chance, things, j, "")
-    if not (a and b):
-        return None
-    words = {"order": f"does the {a[0]} come before the {b[0]}"}.get(
-        kind, f"is the {a[0]} {'left of' if upright else 'above'} the {b[0]}")
-    return words, answer, [i, j], (*a[1], *b[1])
+    a, b = describe(chance, things, i, hidden), describe(chance, things, j, hidden)
+    return (words.format(a[0], b[0]), answer, [i, j], (*a[1], *b[1])) if a and b else None
+
+
+WRITERS = {"count": count, "exist": exist, "query": query, "more": compare, "equal": compare, "less": compare,
+           "same": same, "relation": relation, "order": order}

@@ -131,12 +131,12 @@ def agree(reading, scene, where=True):
     gain = (2 - apart) if where else sum(x.float() for x in fits.values()) + 0.5
     if where:
         there = there & (apart < NEAR)
-    gain, slots = gain * there, scene["present"].shape[1]
-    ways = torch.tensor(list(permutations(range(max(SLOTS, slots)), slots)), device=gain.device)          # object -> reading
-    gain = F.pad(gain, (0, max(0, slots - SLOTS)))
-    best = ways[gain[:, torch.arange(slots), ways].sum(-1).argmax(1)]                                     # (B, O)
-    pairs = {name: F.pad(x & there, (0, max(0, slots - SLOTS))).gather(2, best[..., None])[..., 0]
-             for name, x in {"found": there, **fits}.items()}
+    objects, read = there.shape[1:]
+    spare = (0, max(0, objects - read))                                  # fewer readings than objects: some find none
+    ways = torch.tensor(list(permutations(range(max(objects, read)), objects)), device=there.device)
+    total = F.pad(gain * there, spare)[:, torch.arange(objects), ways].sum(-1)               # (B, ways)
+    best = ways[total.argmax(1)][..., None]                              # (B, O, 1): the reading of each object
+    pairs = {name: F.pad(x & there, spare).gather(2, best)[..., 0] for name, x in {"found": there, **fits}.items()}
     return pairs | {name: reading[name] == scene[name] for name in GROUND} | {
         "count": reading["present"].sum(1) == scene["present"].sum(1)}
 

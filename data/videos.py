@@ -3,7 +3,7 @@
     train = load_questions("msvd", root="msvd_qa", split="train")          # list of Question
     vocabulary = build_vocabulary(train)                                   # the three tables of HCRN's vocab.json
     encoded = encode(train, vocabulary, split="train")                     # padded ids, answers: HCRN's arrays exactly
-    frames = open_frames("frames.zip")                                     # folders, a zip, GIFs or .npz
+    frames = frames.open_frames("frames.zip")                              # data/frames.py
     frames.clips(train[0].video, clips=8, frames=16, size=224)             # (8, 16, 3, 224, 224) in [-1, 1]
 
 NAMES says which question files are read; `python -m data.prepare NAME` says where each data set comes from.
@@ -11,18 +11,15 @@ NAMES says which question files are read; `python -m data.prepare NAME` says whe
 import csv
 import io
 import re
-import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image, ImageSequence
 
 from data import safe
-from data.parts import check_split, set_aside, to_tensor
+from data.parts import check_split, set_aside
 
 NAMES = ("msvd", "msrvtt", "tgif", "svqa", "activitynet", "codraw", "pororo", "video_clips")
 KINDS = ("action", "transition", "count", "frameqa")                       # of TGIF-QA

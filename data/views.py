@@ -37,8 +37,9 @@ CHANGES = {"recolour": "colour", "retexture": "texture", "reshape": "shape"}
 POSES = ("stands", "walks", "jumps")
 WHERE = ("left", "middle", "right")
 LOOKS = (("star", "red", "plain"), ("moon", "blue", "plain"), ("heart", "pink", "dotted"),     # Pip, Mo, Zuri
-         ("circle", "orange", "striped"), ("triangle", "purple", "striped"),                     # Otto, Lila
-         ("square", "green", "dotted"), ("ring", "cyan", "striped"), ("cross", "yellow", "plain"))  # Finn, Nara, Bo
+         ("circle", "orange", "striped"), ("triangle", "purple", "striped"),                   # Otto, Lila
+         ("square", "green", "dotted"), ("ring", "cyan", "striped"),                           # Finn, Nara
+         ("cross", "yellow", "plain"))                                                         # Bo
 
 
 # -- captions ------------------------------------------------------------------------------------------------
@@ -65,9 +66,9 @@ def captioned(index, seed=0, split="train", size=64, objects=(1, 1), count=10):
 def edits(index, seed=0, split="train", kinds=EDITS):
     """A scene of one or two objects, a sentence that is false of it, and the scene with just that made true.
 
-    -> before, after: scenes with the same jitter; kind (B,): place in EDITS; object (B,): the slot that changes,
-       -1 for the background; sentence: B strings; caption_before, caption_after: B full captions
-    Two objects differ in shape and in colour, before and after: "the star" and "the red shape" name one thing.
+    -> before, after: scenes with the same jitter; kind (B,): place in EDITS; object (B,): the slot that
+       changes, -1 for the background; sentence: B strings; caption_before, caption_after: B full captions
+    Two objects differ in shape and colour, before and after: "the star" and "the red shape" name one thing.
     raises ValueError for an unknown kind
     """
     for name in kinds:
@@ -109,7 +110,8 @@ def change(before, after, kind, which, u, split):
     free = torch.ones_like(HELD_OUT) if split == "unseen" else ~HELD_OUT                       # (8, 8, 3)
     rows, ids = torch.arange(len(kind)), torch.arange(8)
     shape, colour, texture = (before[a][rows, which] for a in ("shape", "colour", "texture"))
-    new = {"colour": free[shape, :, texture], "texture": free[shape, colour], "shape": free[:, colour, texture].T}
+    new = {"colour": free[shape, :, texture], "texture": free[shape, colour],
+           "shape": free[:, colour, texture].T}                            # (B, 8 or 3) each
     for name, attribute in CHANGES.items():
         now, allowed = kind == EDITS.index(name), new[attribute]
         allowed = allowed & (ids[: allowed.shape[1]] != before[attribute][rows, which, None])
@@ -142,8 +144,8 @@ def wishes(before, after, kind, which):
 def edit_pictures(view, size=64):
     """-> source, target (B, 3, size, size), region (B, size, size) bool: the pixels that the edit may change.
 
-    The object before and after, with its shadow; for the background all that no object covers. Outside the region
-    source and target are the same bits.
+    The object before and after, with its shadow; for the background all that no object covers. Outside the
+    region source and target are the same bits.
     """
     (source, old), (target, new) = render(view["before"], size), render(view["after"], size)
     rows, slot = torch.arange(len(source)), view["object"].clamp(min=0)
@@ -162,11 +164,11 @@ def stories(index, seed=0, split="train", frames=4, looks="fixed"):
        character (B, F, 2): places in NAMES, -1 for nobody; named (B, F, 2) bool: the sentence says the name;
        pronoun (B, F) bool: somebody in the frame is not named; place (B, F), place_told (B, F) bool;
        pose, where (B, F); look (B, 8, 3): shape, colour, texture of every name
-    looks: "fixed" (LOOKS: a name is enough to draw it) or "story" (dealt anew, told at the first mention only)
+    looks: "fixed" (LOOKS: a name is enough to draw it) or "story" (dealt anew, told at the first mention)
     The sentences of a story determine its pictures: there is no other jitter.
     """
     if frames < 1 or looks not in ("fixed", "story"):
-        raise ValueError(f"a story needs a frame or more and looks fixed or story, not {frames} and {looks!r}")
+        raise ValueError(f"a story needs 1 frame or more and looks fixed or story, not {frames}, {looks!r}")
     key = keys(index, seed, split, view=2)
     look = [[SHAPES.index(s), COLOUR.index(c), TEXTURES.index(t)] for s, c, t in LOOKS]
     look = torch.tensor(look).expand(len(key), -1, -1).clone()
@@ -182,7 +184,7 @@ def stories(index, seed=0, split="train", frames=4, looks="fixed"):
 
 
 def script(chance, frames, look):
-    """One story.   -> F dicts. "It" is the subject of the sentence before, "they" are the two who have met."""
+    """One story.   -> F dicts. "It" is the subject of the sentence before, "they" are the two who met."""
     subject, place, met, known, story = next(chance) % 8, one(chance, BACKGROUND), None, set(), []
     for f in range(frames):
         act = one(chance, ("they", "they", "name", "enter") if met else
@@ -226,7 +228,7 @@ def called(n, known, look):
 
 
 def stage(view, look, key):
-    """The frames as scenes: one character stands large where it is told; two share the picture, subject left."""
+    """The frames as scenes: one character stands where it is told; two share the picture, subject left."""
     who = view["character"]                                                # (B, F, 2)
     total, frames = who.shape[:2]
     own = look[torch.arange(total)[:, None, None], who.clamp(min=0)].flatten(0, 1)             # (B F, 2, 3)
@@ -235,10 +237,11 @@ def stage(view, look, key):
     x = torch.where(two, torch.tensor([-0.46, 0.46]), (where - 1) * 0.5)
     y = torch.where(pose == POSES.index("jumps"), -0.3, 0.26)
     none = torch.zeros(total * frames)
-    return {"present": (who >= 0).flatten(0, 1), "shape": own[..., 0], "colour": own[..., 1], "texture": own[..., 2],
-            "size": torch.ones_like(pose), "centre": torch.stack([x, y], -1),
-            "radius": torch.where(two, 0.36, 0.42).expand(-1, 2), "angle": (pose == POSES.index("walks")) * 0.35,
-            "tone": none[:, None].expand(-1, 2), "light": none, "background": view["place"].flatten(),
+    return {"present": (who >= 0).flatten(0, 1), "shape": own[..., 0], "colour": own[..., 1],
+            "texture": own[..., 2], "size": torch.ones_like(pose), "centre": torch.stack([x, y], -1),
+            "radius": torch.where(two, 0.36, 0.42).expand(-1, 2),
+            "angle": 0.35 * (pose == POSES.index("walks")), "tone": none[:, None].expand(-1, 2),
+            "light": none, "background": view["place"].flatten(),
             "pattern": torch.ones_like(view["place"].flatten()),           # a gradient: floor and sky
             "key": key.repeat_interleave(frames)}
 
@@ -250,9 +253,9 @@ def products(index, seed=0, split="train", told=0.6):
     """What a shop sells. The picture shows the design among clutter; the title leaves attributes of it out.
 
     -> scene: slot 0 is the design, the other slots are clutter; titles: B strings;
-       attributes {shape, colour, texture, kind, material}: (B,) ids;  told {attribute: (B,) bool}: in the title?
-    told: the chance that a title tells shape, colour or texture; it always tells kind and material, which cannot be
-    seen. The mask of the product is render(scene)[1][:, 0].
+       attributes {shape, colour, texture, kind, material}: (B,) ids;  told {attribute: (B,) bool}: in title?
+    told: the chance that a title tells shape, colour or texture; it always tells kind and material, which are
+    never seen. The mask of the product is render(scene)[1][:, 0].
     """
     count = 1 + (uniform(keys(index, seed, split, view=3) ^ 1, 1)[:, 0] * 3).long()
     scene = scenes(index, seed, split, objects=(3, 3), count=count, view=3)

@@ -37,8 +37,8 @@ SPREAD, GAP, TRIES = 0.06, 0.07, 96          # radii vary by 6 %; least distance
 def held_out():
     """Which combinations are kept for the split "unseen".   -> (8, 8, 3) bool, True for 24 of 192
 
-    One random permutation a texture: every shape and colour is held out three times, every texture eight times,
-    no pair of shape and colour twice (the seed was chosen so): one attribute says little about another.
+    One random permutation a texture: every shape and colour is held out three times, every texture eight, no
+    pair of shape and colour twice (the seed was chosen so): one attribute says little about another.
     """
     kept = torch.zeros(len(SHAPES), len(COLOUR), len(TEXTURES), dtype=torch.bool)
     for t in range(len(TEXTURES)):
@@ -287,8 +287,9 @@ KINDS = ("mug", "poster", "cushion", "lamp", "bag", "clock", "plate", "scarf")  
 MATERIALS = ("wooden", "glass", "linen", "steel", "paper", "clay")                 # tell and no picture shows
 OTHER = """a an and against background on in the of there is are with picture no one two three stripes dots
     shape shapes left right above below over under next beside to at top bottom middle it they meets goes into
-    stands walks jumps stand walk jump how many what which way does do doing thing things that moves moving move
-    turns stays still rotating static more fewer as than same colour size come before yes up down 0 1 2 3"""
+    stands walks jumps stand walk jump how many what which way does do doing thing things that moves moving
+    move turns stays still rotating static more fewer as than same colour size come before yes up down
+    0 1 2 3"""
 
 
 def words():

@@ -406,16 +406,22 @@ def knn(features, k, block=2048):
     unit, found, values = features.float() / norm, [], []
     for rows in unit.split(max(1, min(block, 2**27 // len(unit)))):                # at most 512 MiB
         similarity = rows @ unit.T                                                   # (block, I)
-        top, index = similarity.topk(k, dim=1)
-        crowd = ((similarity >= top[:, -1:]).sum(1) > k).nonzero()[:, 0]             # a tie across the border
-        if len(crowd):
-            ordered = similarity[crowd].sort(dim=1, descending=True, stable=True)
-            top[crowd], index[crowd] = ordered.values[:, :k], ordered.indices[:, :k]
-        index, order = index.sort(dim=1)                                             # and ties within the k
-        top, order = top.gather(1, order).sort(dim=1, descending=True, stable=True)
-        found.append(index.gather(1, order))
+        top, index = largest(similarity, k)
+        found.append(index)
         values.append(top)
     return torch.cat(found), torch.cat(values)
+
+
+def largest(scores, k):
+    """(values, indices) of the k largest of every row, largest first; ties: lower index first, which topk leaves open."""
+    top, index = scores.topk(k, dim=1)
+    crowd = ((scores >= top[:, -1:]).sum(1, dtype=torch.int32) > k).nonzero()[:, 0]      # a tie across the border
+    if len(crowd):
+        ordered = scores[crowd].sort(dim=1, descending=True, stable=True)
+        top[crowd], index[crowd] = ordered.values[:, :k], ordered.indices[:, :k]
+    index, order = index.sort(dim=1)                                                     # and ties within the k
+    top, order = top.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return top, index.gather(1, order)
 
 
 def compile_cases():
