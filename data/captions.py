@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import world
+from data import views, world
 from data.batches import seed_from
-from data.parts import Lazy, by_name, cached, check_split, cropped, set_aside, shrink, two_parts
+from data.parts import BUILTIN, Lazy, by_name, cached, check_split, cropped, set_aside, shrink, two_parts
 from data.safe import PICTURES, load_pickle, missing, open_image, read_arrays, read_jsonl, read_text
 from data.stories import load as load_stories
 
@@ -73,10 +73,11 @@ class Captions:
 # -- layouts --------------------------------------------------------------------------------------------------------
 
 
-def load(name="builtin", root="", split="train", size=64, seed=0, holdout=0.1):
+def load(name="builtin", root="", split="train", size=64, seed=0, holdout=0.1, objects=(1, 1)):
     """Open a data set by name.   -> Captions
 
     root      its folder (builtin: none); for "npz" the file X.npz, with X.jsonl beside it
+    objects   builtin: least and most things in a picture
     split     train, valid, test. Where only two parts exist, valid is `holdout` of train (0: train is the whole file)
     raises    FileNotFoundError or ValueError: one sentence with the file, the row and what was expected
     """
@@ -85,7 +86,7 @@ def load(name="builtin", root="", split="train", size=64, seed=0, holdout=0.1):
     if name not in NAMES:
         raise ValueError(f"captions {name!r} are unknown; there are {', '.join(NAMES)}")
     if name == "builtin":
-        return builtin(split, size, seed)
+        return builtin(split, size, seed, objects)
     if not root or not Path(root).exists():
         raise missing(root or f"--root for {name}", f"type  python -m data.prepare {name}  to see where it comes from")
     root = Path(root)
@@ -100,10 +101,10 @@ def load(name="builtin", root="", split="train", size=64, seed=0, holdout=0.1):
     return folder(root / split, size) if (root / split).is_dir() else by_name(folder(root, size), split)
 
 
-def builtin(split, size, seed):
+def builtin(split, size, seed, objects):
     """The world of data/world.py: rendered when asked for, ten sentences a picture, facts in extra["facts"]."""
-    n = {"train": world.ROWS, "valid": 2048, "test": 4096}[split]
-    scene = lambda rows: world.scenes(rows, seed, split)  # noqa: E731
+    n = BUILTIN[split]
+    scene = lambda rows: world.scenes(rows, seed, split, objects)  # noqa: E731
 
     def said(rows, draw):
         drawn, which, found = scene(rows), [seed_from(draw, row, 1) % 10 for row in rows], [""] * len(rows)
@@ -265,12 +266,15 @@ class Edits:
         return len(self.instructions)
 
 
-def load_edits(name="noto", root="", split="test", size=64, seed=0, holdout=0.1):
+def load_edits(name="builtin", root="", split="test", size=64, seed=0, holdout=0.1, kinds=views.EDITS):
     """Pictures to edit.   -> Edits
 
-    name   noto, emojitwo: the same emoji in another tone or gender; codraw: frame t of a story to frame t + 1; any other
+    name   builtin: the six kinds of data/views.py with result and mask; noto, emojitwo: the same emoji in another tone or gender; codraw: frame t of a story to frame t + 1; any other
            name of `load`: the instruction is a sentence of another picture, and no target is known
     """
+    check_split(split)
+    if name == "builtin":
+        return builtin_edits(split, size, seed, kinds)
     if name == "codraw":
         return frame_edits(load_stories(name, root, split, size, holdout))
     if name in ("noto", "emojitwo"):
@@ -279,6 +283,17 @@ def load_edits(name="noto", root="", split="test", size=64, seed=0, holdout=0.1)
     other = lambda row: (row + 1 + seed_from(seed, row) % max(1, len(data) - 1)) % len(data)  # noqa: E731
     return Edits(name, size, Lazy(len(data), lambda row: data.sentences([other(row)], seed)[0]),
                  Lazy(len(data), lambda row: "other"), data.images, captions=data.captions)
+
+
+def builtin_edits(split, size, seed, kinds):
+    """Edits of the world with the picture that should come out and the pixels that may change."""
+    view = lambda rows: views.edits([int(row) for row in rows], seed, split, kinds)  # noqa: E731
+    shown = lambda rows: views.edit_pictures(view(rows), size)  # noqa: E731
+    told = lambda make: Lazy(BUILTIN[split], make)  # noqa: E731
+    return Edits("builtin", size, told(lambda row: view([row])["sentence"][0]),
+                 told(lambda row: views.EDITS[int(view([row])["kind"][0])]), lambda rows: shown(rows)[0],
+                 lambda rows: shown(rows)[1], lambda rows: shown(rows)[2][:, None].float(),
+                 told(lambda row: [view([row])["caption_before"][0]]))
 
 
 def emoji_edits(name, root, split, size, holdout):

@@ -13,11 +13,11 @@ SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "moo
 TEXTURES = ("plain", "striped", "dotted")
 PATTERNS = ("plain", "gradient", "checker", "noise")
 # Found by a search for the largest smallest OKLab distance of two inks, as seen normally, by deuteranopes and
-# by protanopes (0.12; a just visible step is about 0.02): lightness separates what hue cannot.
-COLOURS = {"red": "c01a16", "orange": "fb9622", "yellow": "fae85c", "green": "349673",
-           "cyan": "85f5f6", "blue": "2c68cc", "purple": "74399a", "pink": "f68ec6"}
+# by protanopes (0.12 at least; a just visible step is about 0.02): lightness separates what hue cannot.
+COLOURS = {"red": "b91711", "orange": "fb9622", "yellow": "fae85c", "green": "349673",
+           "cyan": "85f5f6", "blue": "2f74dd", "purple": "74399a", "pink": "f68ec6"}
 BACKGROUNDS = {"white": "f7f4ec", "grey": "b3b6bd", "black": "292a34",         # pale or dark, never strong:
-               "yellow": "ecd9a0", "green": "b5d3a2", "blue": "a5c8ea"}        # the objects carry the colour
+               "yellow": "ecd9a0", "green": "9fc98a", "blue": "93bdf0"}        # the objects carry the colour
 
 OUTLINE = 0.036                       # width of the dark rim inside an object's edge: 1.2 pixels at 64
 SHADOW, DARKNESS = 0.13, 0.42         # reach of the soft shadow and its strength at the edge

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence
 
-from data import safe
-from data.parts import Lazy, to_tensor
+from data import quiz, safe
+from data.parts import FILMS, Lazy, to_tensor
 
 LARGEST = 64 * 2**20                      # bytes of one packed picture: more is not a frame
 VIDEO_FILES = {".mp4", ".avi", ".webm", ".mkv", ".mov"}
@@ -60,11 +60,14 @@ def squeeze(image, size):
 # -- where frames come from -----------------------------------------------------------------------------------------
 
 
-def open_frames(root):
+def open_frames(root, split="train", seed=0):
     """A folder of folders of pictures, of GIFs or of .npy / .npz files; or one .zip, .gif or .npz.   -> Frames
 
+    root    "builtin": the moving shapes of data/quiz.py for this split and seed
     raises  FileNotFoundError or ValueError, when opened or when the damaged video is asked for
     """
+    if root == "builtin":
+        return Frames("the built-in world", {str(n): lambda n=n: film(n, split, seed) for n in range(FILMS[split])})
     root = Path(root)
     if root.is_file():
         kinds = {".zip": from_zip, ".gif": lambda file: {file.stem: lambda: gif(file)}, ".npz": from_npz}
@@ -93,6 +96,12 @@ HOW_TO_CUT = "cut each into pictures first, for example  ffmpeg -i video7010.mp4
 
 def pictures_of(folder):
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in safe.PICTURES - {".gif"})
+
+
+def film(n, split, seed):
+    """Video n of the built-in world, 32 frames of 64 x 64."""
+    shown = quiz.film(quiz.clips([n], seed, split, questions=1), [0], size=64)[0]
+    return [Image.fromarray(f) for f in shown.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()]
 
 
 def from_zip(file):

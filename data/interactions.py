@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data.batches import batch_rows, generator
-from data.safe import load_pickle, read_arrays, read_json
+from data.safe import load_pickle, read_arrays, read_json, read_text
 from data.shop import shop, split_rule
 
 SPLITS = ("train", "valid", "test")
@@ -182,18 +182,20 @@ def read(path, seed):
 
 def table_pairs(path, seed):
     """MMRec's .inter or BeFA's .csv: tab or comma, a header, x_label 0 train, 1 valid, 2 test; other columns ignored."""
+    lines = read_text(path).splitlines()
+    header = lines[0] if lines else ""
+    comma = "\t" if "\t" in header else ","
+    names = [name.split(":")[0].strip() for name in header.split(comma)]           # RecBole writes user_id:token
+    user, item = ([n for n in names if n in known] for known in (("userID", "user_id"), ("itemID", "item_id")))
+    if not user or not item:
+        raise ValueError(f"{path}: the header must name userID and itemID (or user_id, item_id), it is {header[:60]!r}")
+    columns = [names.index(n) for n in (user[0], item[0], "x_label") if n in names]
+    if len(lines) < 2:
+        raise ValueError(f"{path} has a header and no rows")
     try:
-        with open(path, encoding="utf-8") as file:
-            header = file.readline().rstrip("\r\n")
-            comma = "\t" if "\t" in header else ","
-            names = [name.split(":")[0].strip() for name in header.split(comma)]
-            user, item = ([n for n in names if n in wanted] for wanted in (("userID", "user_id"), ("itemID", "item_id")))
-            if not user or not item:
-                raise ValueError(f"the header must name userID and itemID (or user_id, item_id), it is {header[:80]!r}")
-            columns = [names.index(user[0]), names.index(item[0])] + [names.index("x_label")] * ("x_label" in names)
-            table = np.loadtxt(file, dtype=np.int64, delimiter=comma, usecols=columns, ndmin=2)
+        table = np.loadtxt(lines[1:], dtype=np.int64, delimiter=comma, usecols=columns, ndmin=2)
     except ValueError as error:                     # numpy names row and column: "could not convert ... at row 3"
-        raise ValueError(f"{path}: {error}; every line needs integer ids and label, so the file may be cut") from error
+        raise ValueError(f"{path}, after the header: {error}; every line needs whole numbers, is the file cut?") from error
     if len(columns) == 2:
         label = split_rule(table[:, 0], seed)
     else:

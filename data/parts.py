@@ -9,6 +9,8 @@ from PIL import Image
 from data.batches import seed_from
 
 MARGIN = 76 / 64                      # AttnGAN: the short side is resized to int(size * 76 / 64), then size is cropped
+BUILTIN = {"train": 2**20, "valid": 2048, "test": 4096}       # rows of the built-in world's parts
+FILMS = {"train": 1000, "valid": 200, "test": 400}            # its videos, eight questions about each
 CACHE = 512 * 2**20                   # bytes of decoded pictures kept in memory
 
 

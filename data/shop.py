@@ -1,53 +1,60 @@
 """The built-in shop: customers with planted tastes, products seen through a picture and a title, marked accidents.
 
-Every product has attributes. Some show in its picture, some are told in its title. A customer has a taste for every
-attribute value and a personal weight for what is seen against what is told (drawn from a U-shaped law: most customers
-mind one of the two). A click is a draw from
+A product (data/views.py) is a design (shape, colour, texture) in a cluttered picture, and a title that always tells its
+kind and material and leaves attributes of the design out. A customer belongs to one of STYLES styles, deviates from it
+personally, and weighs what is seen against what is told (a U-shaped law: most customers mind one of the two):
 
-    p(i | u)  ~  exp( strength (w_u seen_ui + (1 - w_u) told_ui) + fame_i )        without replacement
+    taste_u = LOYAL style + sqrt(1 - LOYAL^2) own      p(i | u)  ~  exp(STRENGTH (w_u seen_ui + (1 - w_u) told_ui) + fame_i)
 
-and a share of the training clicks is replaced by accidents, drawn by fame alone and marked. Valid and test clicks are
-all meant. Features are what an encoder would make of the picture and the title: a random linear map of the attributes,
-plus *drift* (the picture's clutter, which no customer cares about) and *omission* (titles leave attributes out).
+seen_ui sums the tastes for what the picture shows, told_ui for kind and material. Clicks are drawn from p without
+replacement. A share of the training clicks is replaced by accidents, drawn by fame alone and marked in `noise`;
+valid and test clicks are all meant. So the truth is known: who likes what and why, and which clicks mean nothing.
 """
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from data.batches import generator
+from data.draw import render
+from data.views import products
 
-SEEN = {
-    "shape": ("circle", "square", "triangle", "star", "heart", "ring", "cross", "moon"),
-    "colour": ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black"),
-    "texture": ("plain", "striped", "dotted"),
-}
-TOLD = {
-    "kind": ("mug", "poster", "cushion", "lamp", "bag", "clock", "plate", "scarf"),
-    "material": ("wooden", "glass", "linen", "steel", "paper", "clay"),
-    "occasion": ("birthdays", "travel", "the office", "the garden", "winter", "children"),
-}
-USERS, ITEMS, CLUTTER, MOST = 1000, 600, 24, 15
+SEEN, TOLD = {"shape": 8, "colour": 8, "texture": 3}, {"kind": 8, "material": 6}
+USERS, ITEMS, MOST = 1000, 600, 15            # at most MOST clicks a user
+STYLES, LOYAL, STRENGTH, FAME, ACCIDENTS = 60, 0.8, 4.0, 0.4, 0.15
+CLUTTER = 24                                  # irrelevant directions of the image features
 
 
-def shop(seed=0, strength=3.0, fame=0.8, accidents=0.15, omission=0.15, drift=1.0):
-    """The fields of an `Interactions` as a dict. Deterministic from seed; the planted truth is in "truth"."""
-    rng = generator(seed, 7)
-    items = {a: torch.randint(len(v), (ITEMS,), generator=rng) for a, v in {**SEEN, **TOLD}.items()}
-    tastes = {a: torch.randn(USERS, len(v), generator=rng) for a, v in {**SEEN, **TOLD}.items()}
+def shop(seed=0):
+    """The fields of an `Interactions`, as a dict; deterministic from seed.
+
+    "truth" holds attributes {name: (I,)}, told {name: (I,) bool}, tastes {name: (U, values)}, style and weight (U,),
+    likes (U, I), fame (I,), and masks, a function from item ids to the product's pixels (n, 1, H, W).
+    """
+    view, rng = products(range(ITEMS), seed), generator(seed, 7)
+    attributes = view["attributes"]
+    style = torch.randint(STYLES, (USERS,), generator=rng)
+    tastes = {a: LOYAL * torch.randn(STYLES, n, generator=rng)[style]
+              + (1 - LOYAL**2) ** 0.5 * torch.randn(USERS, n, generator=rng) for a, n in {**SEEN, **TOLD}.items()}
     weight = torch.rand(USERS, 1, generator=rng).mul(torch.pi).cos().add(1).div(2)               # U-shaped on [0, 1]
-    likes = sum(w * sum(tastes[a][:, items[a]] for a in side) / len(side) ** 0.5
-                for w, side in ((weight, SEEN), (1 - weight, TOLD)))                             # (U, I)
-    famous = fame * torch.randn(ITEMS, generator=rng)
-    users, chosen, noise, label = clicks(strength * likes + famous, famous, accidents, rng)
-    split = [torch.stack([users, chosen], 1)[label == k] for k in range(3)]
-    told = {a: torch.rand(ITEMS, generator=rng) >= omission for a in TOLD}
-    truth = {"items": items, "tastes": tastes, "weight": weight[:, 0], "likes": likes, "fame": famous, "told": told}
-    return {"users": USERS, "items": ITEMS, "train": split[0], "valid": split[1], "test": split[2],
-            "features": features(items, told, drift, rng), "titles": titles(items, told), "noise": noise[label == 0],
-            "truth": truth, "source": f"built-in shop (seed {seed})", "dropped": {"valid": 0, "test": 0}}
+    likes = sum(w * sum(tastes[a][:, attributes[a]] for a in side) / len(side) ** 0.5            # (U, I)
+                for w, side in ((weight, SEEN), (1 - weight, TOLD)))
+    fame = FAME * torch.randn(ITEMS, generator=rng)
+    user, item, accident, label = clicks(STRENGTH * likes + fame, fame, rng)
+    train, valid, test = (torch.stack([user, item], 1)[label == k] for k in range(3))
+
+    def drawn(ids, part):
+        rows = torch.as_tensor(ids).tolist()
+        return render(products(rows, seed)["scene"], 64)[part]
+
+    truth = {"attributes": attributes, "told": view["told"], "tastes": tastes, "style": style, "weight": weight[:, 0],
+             "likes": likes, "fame": fame, "masks": lambda ids: drawn(ids, 1)[:, :1]}
+    return {"users": USERS, "items": ITEMS, "train": train, "valid": valid, "test": test,
+            "features": features(view, rng), "titles": view["titles"], "pictures": lambda ids: drawn(ids, 0),
+            "noise": accident[label == 0], "truth": truth, "source": f"built-in shop (seed {seed})",
+            "dropped": {"valid": 0, "test": 0}}
 
 
-def clicks(scores, famous, accidents, rng):
+def clicks(scores, fame, rng):
     """Draws without replacement (Gumbel top-n), split as MMRec does, accidents among train.   -> (E,) sorted tensors
 
     Each user has 7 to MOST clicks. Returned are user, item, accident (bool) and label (0 train, 1 valid, 2 test).
@@ -56,11 +63,11 @@ def clicks(scores, famous, accidents, rng):
         return (logits - torch.rand(scores.shape, generator=rng).log().neg().log()).topk(MOST, 1).indices
 
     meant = draw(scores)                                                                         # (U, MOST)
-    slips = draw(famous.expand_as(scores).scatter(1, meant, -torch.inf))                         # none of them meant
+    slips = draw(fame.expand_as(scores).scatter(1, meant, -torch.inf))                         # none of them meant
     n = torch.randint(7, MOST + 1, (len(scores), 1), generator=rng)
     user, place = torch.nonzero(torch.arange(MOST) < n).T
     label = torch.from_numpy(split_rule(user.numpy(), int(torch.randint(2**31, (), generator=rng))))
-    accident = (torch.rand(len(user), generator=rng) < accidents) & (label == 0)
+    accident = (torch.rand(len(user), generator=rng) < ACCIDENTS) & (label == 0)
     item = torch.where(accident, slips[user, place], meant[user, place])
     order = (user * scores.shape[1] + item).argsort()
     return user[order], item[order], accident[order], label[order]
@@ -80,29 +87,19 @@ def split_rule(user, seed):
     return label
 
 
-def features(items, told, drift, rng, width=64):
-    """What frozen encoders would see: {"image": (I, 64), "text": (I, 64)}, rows of unit length.
+def features(view, rng, width=64):
+    """What frozen encoders would see, first version: {"image": (I, 64), "text": (I, 64)}, rows of unit length.
 
-    image   a random map of the seen attributes and of CLUTTER irrelevant directions (times drift), plus noise
-    text    a random map of the told attributes that the title does not leave out, plus noise
+    image   a random map of shape, colour and texture, and of CLUTTER directions that no customer cares about (drift)
+    text    a random map of what the title tells: attributes that it leaves out are missing (omission)
     """
-    def one_hot(a):
-        return F.one_hot(items[a], len({**SEEN, **TOLD}[a])).float()
-
-    clutter = drift * torch.randn(ITEMS, CLUTTER, generator=rng) / CLUTTER**0.5 * len(SEEN) ** 0.5
-    inside = {"image": torch.cat([*(one_hot(a) for a in SEEN), clutter], 1),
-              "text": torch.cat([one_hot(a) * told[a][:, None] for a in TOLD], 1)}
+    sizes, told = {**SEEN, **TOLD}, view["told"]
+    hot = {a: F.one_hot(ids, sizes[a]).float() for a, ids in view["attributes"].items()}
+    clutter = 1.5 * (len(SEEN) / CLUTTER) ** 0.5 * torch.randn(ITEMS, CLUTTER, generator=rng)
+    inside = {"image": torch.cat([*(hot[a] for a in SEEN), clutter], 1),
+              "text": torch.cat([hot[a] * told[a][:, None] for a in sizes], 1)}
     outside = {}
     for name, x in inside.items():
         x = x @ torch.randn(x.shape[1], width, generator=rng) + 0.5 * torch.randn(ITEMS, width, generator=rng)
         outside[name] = F.normalize(x, dim=1)
     return outside
-
-
-def titles(items, told):
-    """A short sentence for each item; an attribute that is not told is left out."""
-    def word(a, i, before="", after="", otherwise=""):
-        return f"{before}{TOLD[a][items[a][i]]}{after}" if told[a][i] else otherwise
-
-    return [word("material", i, after=" ") + word("kind", i, otherwise="gift") + word("occasion", i, before=" for ")
-            for i in range(ITEMS)]

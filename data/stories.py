@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import safe
+from data import safe, views, world
 from data.batches import seed_from
-from data.parts import check_split, to_tensor, two_parts
+from data.parts import BUILTIN, Lazy, check_split, to_tensor, two_parts
 
 NAMES = ("builtin", "codraw", "clevr", "pororo", "flintstones", "hdf5")
 PORORO = ("Pororo", "Loopy", "Crong", "Eddy", "Poby", "Petty", "Tongtong", "Rody", "Harry")      # UNVERIFIED order
@@ -54,16 +54,19 @@ class Stories:
                        {key: [values[row] for row in rows] for key, values in self.extra.items()})
 
 
-def load(name="builtin", root="", split="train", size=64, seed=0, holdout=0.1):
+def load(name="builtin", root="", split="train", size=64, seed=0, holdout=0.1, frames=4, looks="fixed"):
     """Open a data set by name.   -> Stories
 
     root      its folder; for "hdf5" AR-LDM's file
+    frames, looks    builtin: frames of a story; whether a name's looks are "fixed" or dealt anew in each "story"
     split     train, valid, test. codraw and clevr have two parts here: the second is test, valid is `holdout` of train
     raises    FileNotFoundError or ValueError: one sentence with the file, the row and what was expected
     """
     check_split(split)
     if name not in NAMES:
         raise ValueError(f"stories {name!r} are unknown; there are {', '.join(NAMES)}")
+    if name == "builtin":
+        return builtin(split, size, seed, frames, looks)
     if not root or not Path(root).exists():
         raise safe.missing(root or f"--root for {name}", f"type  python -m data.prepare {name}  to see where it comes from")
     root = Path(root)
@@ -72,6 +75,15 @@ def load(name="builtin", root="", split="train", size=64, seed=0, holdout=0.1):
     if name == "clevr":
         return two_parts(lambda part: clevr(root, part, size), ("train", "val"), split, holdout, lambda d: d.names)
     return {"pororo": pororo, "flintstones": flintstones, "hdf5": hdf5}[name](root, split, size)
+
+
+def builtin(split, size, seed, frames, looks):
+    """Stories of the world's eight characters (data/views.py); extra["view"][row] holds who, where and which pronouns."""
+    n = BUILTIN[split]
+    view = lambda rows: views.stories(rows, seed, split, frames, looks)  # noqa: E731
+    draw = lambda rows, _: world.render(view(rows)["scene"], size)[0].view(-1, frames, 3, size, size)  # noqa: E731
+    return Stories("builtin", size, Lazy(n, lambda row: view([row])["sentences"][0]), range(n), draw,
+                   {"view": Lazy(n, lambda row: view([row]))})
 
 
 # -- packs and CLEVR-SV ---------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     train = load_questions("msvd", root="msvd_qa", split="train")          # list of Question
     vocabulary = build_vocabulary(train)                                   # the three tables of HCRN's vocab.json
     encoded = encode(train, vocabulary, split="train")                     # padded ids, answers: HCRN's arrays exactly
-    frames = frames.open_frames("frames.zip")                              # data/frames.py
+    frames = open_frames("frames.zip")                                     # data/frames.py
     frames.clips(train[0].video, clips=8, frames=16, size=224)             # (8, 16, 3, 224, 224) in [-1, 1]
 
 NAMES says which question files are read; `python -m data.prepare NAME` says where each data set comes from.
@@ -18,15 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import safe
-from data.parts import check_split, set_aside
+from data import quiz, safe
+from data.parts import FILMS, check_split, set_aside
 
-NAMES = ("msvd", "msrvtt", "tgif", "svqa", "activitynet", "codraw", "pororo", "video_clips")
+NAMES = ("builtin", "msvd", "msrvtt", "tgif", "svqa", "activitynet", "codraw", "pororo", "video_clips")
 KINDS = ("action", "transition", "count", "frameqa")                       # of TGIF-QA
 FRAMEQA = ("object", "number", "colour", "location")
 ACTIVITYNET = ("motion", "spatial", "temporal", "yes/no", "colour", "object", "location", "number", "other")
 ANSWERS = 4000                            # HCRN keeps the most frequent answers of the training part
-SOURCES = (".zip", ".npz", ".npy", ".gif")
 
 
 class Question(NamedTuple):
@@ -44,7 +43,7 @@ class Question(NamedTuple):
 # -- question files -------------------------------------------------------------------------------------------------
 
 
-def load_questions(name, root, split="train", kind="action", holdout=0.1):
+def load_questions(name="builtin", root="", split="train", kind="action", holdout=0.1, seed=0):
     """The questions of one split.   -> list of Question
 
     kind      TGIF-QA: action, transition, count or frameqa
@@ -54,6 +53,8 @@ def load_questions(name, root, split="train", kind="action", holdout=0.1):
     check_split(split)
     if name not in NAMES:
         raise ValueError(f"questions {name!r} are unknown; there are {', '.join(NAMES)}")
+    if name == "builtin":
+        return builtin(split, seed)
     if not root or not Path(root).exists():
         raise safe.missing(root or f"--root for {name}", f"type  python -m data.prepare {name}  to see where it comes from")
     root, part = Path(root), {"valid": "val"}.get(split, split)
@@ -74,6 +75,13 @@ def load_questions(name, root, split="train", kind="action", holdout=0.1):
     found = read("train")
     valid = set(set_aside([q.video for q in found], holdout))
     return [q for n, q in enumerate(found) if (n in valid) == (split == "valid")]
+
+
+def builtin(split, seed):
+    """Questions about the moving shapes of data/quiz.py; `open_frames("builtin")` has their frames."""
+    view = quiz.clips(range(FILMS[split]), seed, split)
+    rows = zip(view["question"], view["answer"], view["video"], view["type"], strict=True)
+    return [Question(text, answer, str(video), video, kind, str(n)) for n, (text, answer, video, kind) in enumerate(rows)]
 
 
 def first_of(*files):

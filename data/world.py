@@ -223,9 +223,8 @@ def relation(chance, fact):
     a, b = fact["objects"][first], fact["objects"][first - 1]
     dx, dy = a["x"] - b["x"], a["y"] - b["y"]
     words = {"l": ("left of", "to the left of"), "r": ("right of", "to the right of"),
-             "a": ("above", "over"), "b": ("below", "under"), "n": ("next to", "beside")}
+             "a": ("above", "over"), "b": ("below", "under")}
     way = ("l" if dx < 0 else "r") if abs(dx) > abs(dy) else "a" if dy < 0 else "b"
-    way = "n" if max(abs(dx), abs(dy)) < FAR else way
     a, b = (article(noun(chance, thing, some(chance, ("colour", "shape", "texture")))) for thing in (a, b))
     return f"{one(chance, ('', 'there is '))}{a} {one(chance, words[way])} {b}"
 
@@ -286,7 +285,7 @@ PLACES = dict(zip(BACKGROUND, ("snow", "fog", "night", "desert", "meadow", "sea"
 KINDS = ("mug", "poster", "cushion", "lamp", "bag", "clock", "plate", "scarf")         # the shop: what titles
 MATERIALS = ("wooden", "glass", "linen", "steel", "paper", "clay")                 # tell and no picture shows
 OTHER = """a an and against background on in the of there is are with picture no one two three stripes dots
-    shape shapes left right above below over under next beside to at top bottom middle it they meets goes into
+    shape shapes left right above below over under to at top bottom middle it they meets goes into
     stands walks jumps stand walk jump how many what which way does do doing thing things that moves moving
     move turns stays still rotating static more fewer as than same colour size come before yes up down
     0 1 2 3"""
@@ -294,8 +293,9 @@ OTHER = """a an and against background on in the of there is are with picture no
 
 def words():
     """All of them, in alphabetical order: the small CLIP reads one token a word."""
-    tables = [*VALUES.values(), *SYNONYMS.values(), PLURALS.values(), PLACES.values(), KINDS, MATERIALS,
-              [name.lower() for name in NAMES], OTHER.split()]
+    values = [SYNONYMS.get(value, (value,)) for table in VALUES.values() for value in table]
+    tables = [*values, PLURALS.values(), PLACES.values(), KINDS, MATERIALS, [name.lower() for name in NAMES],
+              OTHER.split()]
     return tuple(sorted({word for table in tables for word in table}))
 
 

@@ -195,7 +195,7 @@ def cosine_map(z, target):
     if z.ndim != 3 or target.shape != (z.shape[0], z.shape[2]):
         raise ValueError(f"cosine_map: z must be (B, P, D) and target (B, D), got {tuple(z.shape)}, {tuple(target.shape)}")
     _check_pair("cosine_map", z=z, target=target)
-    if z.numel() == 0 or backend(z, _too_large(z[0])) == "reference":
+    if z.numel() == 0 or backend(z, _too_large(z)) == "reference":
         return cosine_map_reference(z, target)
     B, P, D = z.shape
     out = torch.empty((B, P), device=z.device)
@@ -243,19 +243,22 @@ def show(heat, image, alpha=0.5, normalise="minmax"):
     if pair:
         _check_cam(*pair)
     first = pair[0] if pair else heat
-    if first.ndim != (4 if pair else 3) or image.ndim != 4 or image.shape[1] != 3 or len(first) != len(image):
+    _check_show(first, 4 if pair else 3, image, alpha, normalise)
+    if image.numel() == 0:
+        return image.float()[:, 0], image.clone()
+    limit = _too_large(image) or ("a heat map of more than 64 x 64" if max(first.shape[-2:]) > 64 else "")
+    if backend(image, limit or (_cam_limit(first) if pair else "")) == "reference":
+        return show_reference(grad_cam_reference(*pair) if pair else heat, image, alpha, normalise)
+    return _show(_cam_parts(*pair) if pair else heat[:, None], image, float(alpha), normalise, bool(pair))
+
+
+def _check_show(first, ndim, image, alpha, normalise):
+    if first.ndim != ndim or image.ndim != 4 or image.shape[1] != 3 or len(first) != len(image) or 0 in first.shape[1:]:
         raise ValueError(f"show: heat must be (B, h, w) and image (B, 3, H, W), got {tuple(first.shape)} and "
                          f"{tuple(image.shape)}")
     if normalise not in NORMALISE or not 0 <= alpha <= 1:
-        raise ValueError(f"show: alpha={alpha} must be 0 .. 1 and normalise={normalise!r} one of {', '.join(NORMALISE)}")
+        raise ValueError(f"show: alpha={alpha} must be 0 .. 1, normalise={normalise!r} one of {', '.join(NORMALISE)}")
     _check_pair("show", strict=False, heat=first, image=image)
-    limit = _too_large(image[0]) or ("a heat map of more than 64 x 64" if max(first.shape[-2:]) > 64 else "")
-    limit = limit or (_cam_limit(first) if pair else "")
-    if 0 in (first.numel(), image.numel()):
-        return show_reference(first.new_zeros(len(image), 1, 1), image, alpha, normalise)
-    if backend(image, limit) == "reference":
-        return show_reference(grad_cam_reference(*pair) if pair else heat, image, alpha, normalise)
-    return _show(_cam_parts(*pair) if pair else heat[:, None], image, float(alpha), normalise, bool(pair))
 
 
 def _check_cam(activation, gradient):
@@ -275,12 +278,14 @@ def _check_pair(name, strict=True, **tensors):
         raise ValueError(f"{name}: {first} is {a.dtype} on {a.device}, {second} is {b.dtype} on {b.device}")
 
 
-def _too_large(sample):
-    return "one sample holds 2**31 elements or more" if sample.numel() >= 2 ** 31 else ""
+def _too_large(batch):
+    """Offsets inside a sample are 32 bit, those of samples 64 bit."""
+    return "one sample holds 2**31 elements or more" if batch[0].numel() >= 2 ** 31 else ""
 
 
 def _cam_limit(activation):
-    return _too_large(activation[0]) or ("an activation of more than 1,024 places" if activation[0, 0].numel() > 1024 else "")
+    places = activation.shape[2] * activation.shape[3]
+    return _too_large(activation) or ("an activation of more than 1,024 places" if places > 1024 else "")
 
 
 # -- rows for kernels/check.py -----------------------------------------------------------------------------------
