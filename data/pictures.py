@@ -20,7 +20,7 @@ def to_pil(image):
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     pixels = image.detach().float().cpu()
-    pixels = pixels.expand(3, -1, -1) if pixels.dim() == 2 or pixels.shape[0] == 1 else pixels
+    pixels = pixels.expand(3, -1, -1) if pixels.dim() == 2 or pixels.dim() == 3 and len(pixels) == 1 else pixels
     if pixels.dim() != 3 or pixels.shape[0] != 3 or not pixels.isfinite().all():
         raise ValueError(f"a picture must be (3, H, W), (1, H, W) or (H, W) of finite numbers, got {tuple(image.shape)}")
     return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().numpy())
@@ -85,7 +85,9 @@ def panels(path, rows, size=96, title=None, gap=8):
 
 def grid(path, images, captions=None, columns=4, title=None, size=96):
     """Pictures in rows of `columns`, each over its caption.   images (N, 3, H, W) in [-1, 1]"""
-    captions = captions or [None] * len(images)
+    captions = [None] * len(images) if captions is None else captions
+    if len(captions) != len(images):
+        raise ValueError(f"{len(captions)} captions for {len(images)} pictures in {path}: give one each, or none")
     cells = list(zip(images, captions, strict=True))
     panels(path, [cells[i : i + columns] for i in range(0, len(cells), columns)], size, title)
 

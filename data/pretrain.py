@@ -1,9 +1,9 @@
 """python train.py clip: trains what is shipped in data/weights/, the small CLIP and the attribute reader.
 
-Both see the same renders of the built-in world, a step after a step, and share nothing else. Every batch holds scenes of
-one to three objects (half of them with their full caption, half with one that leaves things out), products of the shop
-with their titles, and frames of stories with their sentences. `sample` writes the weights into the run's folder;
---export writes them into data/weights/ as well (then put the new numbers and SHA-256 into its README.md).
+Both see the same renders of the built-in world, step by step, and share nothing else. Every batch holds scenes of one to
+three objects (half of them with their full caption, half with one that leaves things out), products of the shop with
+their titles, and frames of stories with their sentences. `sample` writes the weights into the run's folder; --export
+writes them into data/weights/ as well (then put the new numbers and SHA-256 into its README.md).
 """
 import itertools
 import math
@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from data import clip, parallel, views, world
 from data import reader as readers
 from data.batches import generator
-from data.clip import CLIP, ImageTower, TextTower, official_names, standard
+from data.clip import CLIP, official_names, standard
 from data.pictures import grid
 from data.text import WordTokenizer
+from data.towers import ImageTower, TextTower
 from data.weights import write_safetensors
 
 LARGEST_SCALE = math.log(100)        # the temperature's bound in the paper
@@ -32,10 +33,10 @@ class Config:
     data: str = "builtin"        # only the built-in world
     root: str = ""               # unused
     seed: int = 0                # random seed
-    steps: int = 3000            # optimiser steps of CLIP
-    reader_steps: int = 2000     # of these, how many also train the reader, on half of the pictures
-    eval_every: int = 500        # steps between evaluations
-    batch: int = 64              # pictures a step: three quarters scenes, one eighth products, one eighth story frames
+    steps: int = 2000            # optimiser steps of CLIP
+    reader_steps: int = 1500     # of these, how many also train the reader, on half of the pictures
+    eval_every: int = 250        # steps between evaluations
+    batch: int = 64              # pictures a step: 3/4 scenes, 1/8 products, 1/8 story frames
     lr: float = 1e-3             # AdamW step size of CLIP, after 100 steps of warm-up, cosine to 0
     reader_lr: float = 3e-3      # AdamW step size of the reader, the same shape over its own steps
     decay: float = 0.05          # weight decay of matrices; none for gains, biases and tables
@@ -57,7 +58,7 @@ def paper(name):
     raise ValueError(f"--paper={name}: OpenAI's CLIP is not trained here; load its weights with data.clip.load(path)")
 
 
-# -- CLIP's objective (Radford et al., Fig. 3) ------------------------------------------------------------------------
+# -- CLIP's objective (Radford et al., Fig. 3) ---------------------------------------------------------------
 
 
 def soft_targets(texts):
@@ -72,12 +73,12 @@ def soft_targets(texts):
 
 
 def contrastive(image, text, logit_scale, targets):
-    """Symmetric cross-entropy over a batch.   image, text (N, E) not normalised, targets (N, N) symmetric -> scalar"""
+    """Symmetric cross-entropy over a batch.   image, text (N, E) raw, targets (N, N) symmetric -> scalar"""
     logits = logit_scale.exp() * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T      # (N, N)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-# -- what they are trained on -----------------------------------------------------------------------------------------
+# -- what they are trained on --------------------------------------------------------------------------------
 
 
 def mixture(t, size, seed):
@@ -102,21 +103,23 @@ def mixture(t, size, seed):
 def widen(value, name, slots=3):
     """Pad the objects' dimension of a scene's entry to three slots."""
     missing = slots - value.shape[1] if value.ndim > 1 else 0
-    return torch.cat([value, value[:, :1].expand(-1, missing, *value.shape[2:]) * (name != "present")], 1) if missing else value
+    absent = value[:, :1].expand(-1, missing, *value.shape[2:]) * (name != "present") if missing else value[:, :0]
+    return torch.cat([value, absent], 1) if value.ndim > 1 else value
 
 
 def spoil(pictures, scene, rng):
     """Teach the reader doubt: noise on every picture, and one in four smeared beyond recognition.
 
-    A judge that has only seen perfect renders calls any blob a star. Smeared objects keep their place and colour; their
-    shape is NO_SHAPE and their texture is not told.   -> pictures, scene (copies)
+    A judge that has only seen perfect renders calls any blob a star. Smeared objects keep their place and colour;
+    their shape is NO_SHAPE and their texture is not told.   -> pictures, scene (copies)
     """
     n, size = len(pictures), pictures.shape[-1]
     noise = torch.randn(pictures.shape, generator=rng) * torch.rand(n, 1, 1, 1, generator=rng) * 0.15
     smeared = torch.rand(n, generator=rng) < 0.25
     field = torch.randn(n, 2, 11, 11, generator=rng).to(pictures.device)                     # one push every 6 pixels
     push = F.interpolate(field, (size, size), mode="bicubic", align_corners=True).permute(0, 2, 3, 1) * 0.09
-    still = F.affine_grid(torch.eye(2, 3, device=pictures.device).expand(n, 2, 3), pictures.shape, align_corners=False)
+    still = torch.eye(2, 3, device=pictures.device).expand(n, 2, 3)
+    still = F.affine_grid(still, pictures.shape, align_corners=False)
     pushed = F.grid_sample(pictures, still + push, padding_mode="border", align_corners=False)
     small = F.interpolate(pushed, (size // 3, size // 3), mode="area")
     blurred = F.interpolate(small, (size, size), mode="bilinear", align_corners=False)
@@ -127,7 +130,7 @@ def spoil(pictures, scene, rng):
     return torch.where(smeared[:, None, None, None], pushed, pictures) + noise.to(pictures.device), scene
 
 
-# -- how good they are ------------------------------------------------------------------------------------------------
+# -- how good they are ---------------------------------------------------------------------------------------
 
 
 def recall_at_1(image, text):
@@ -140,7 +143,7 @@ def recall_at_1(image, text):
 
 
 def claims(fact, attribute):
-    """One sentence for every value of an attribute, in the grammar's own form: "the star is red", "the star is blue", ..."""
+    """One sentence for every value of an attribute, as the grammar says it: "the star is red", "the star is blue"."""
     plain = itertools.repeat(0)                                            # no synonyms
     if attribute in ("background", "pattern"):
         return [f"the background is {world.alias(plain, value)}" for value in world.VALUES[attribute]]
@@ -155,20 +158,21 @@ class Task:
 
     def __init__(self, cfg, device):
         if cfg.batch % 32 or cfg.size != readers.SIDE:
-            raise ValueError(f"--batch={cfg.batch} must be a multiple of 32 and --size={cfg.size} must be {readers.SIDE}")
+            raise ValueError(f"--batch={cfg.batch} must be a multiple of 32, --size={cfg.size} must be {readers.SIDE}")
         self.cfg, self.device = cfg, device
         self.words = WordTokenizer(list(world.WORDS), cfg.context)
-        self.clip = CLIP(ImageTower(cfg.width, cfg.depth, cfg.heads, cfg.patch, cfg.size // cfg.patch, cfg.embed),
-                         TextTower(cfg.text_width, cfg.text_depth, cfg.heads, cfg.context, self.words.size, cfg.embed)).to(device)
+        image = ImageTower(cfg.width, cfg.depth, cfg.heads, cfg.patch, cfg.size // cfg.patch, cfg.embed)
+        text = TextTower(cfg.text_width, cfg.text_depth, cfg.heads, cfg.context, self.words.size, cfg.embed)
+        self.clip = CLIP(image, text).to(device)
         self.reader = readers.Reader().to(device)
         matrices = {n: p for n, p in self.clip.named_parameters() if p.ndim > 1 and "embedding" not in n}
         others = [p for n, p in self.clip.named_parameters() if n not in matrices]
-        groups = [{"params": list(matrices.values()), "weight_decay": cfg.decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimiser = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6)
+        groups = [{"params": list(matrices.values())}, {"params": others, "weight_decay": 0.0}]
+        self.optimiser = torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), eps=1e-6, weight_decay=cfg.decay)
         self.reader_optimiser = torch.optim.AdamW(self.reader.parameters(), lr=cfg.reader_lr, weight_decay=0.02)
         self.saved = {"clip": self.clip, "reader": self.reader, "optimiser": self.optimiser,
                       "reader_optimiser": self.reader_optimiser}
-        self.chance = {name: 1 / CANDIDATES for name in ("R@1", "R@1 picture to text", "R@1 text to picture", "R@1 unseen")}
+        self.chance = {f"R@1{how}": 1 / CANDIDATES for how in ("", " picture to text", " text to picture", " unseen")}
         for name, values in world.VALUES.items():
             self.chance |= {f"zero-shot {name}": 1 / len(values), f"reader {name}": 1 / len(values)}
         self.next = "python train.py galip"
@@ -179,7 +183,7 @@ class Task:
             yield world.to(scene, self.device), texts
 
     def update(self, batch, step):
-        """One step of both. Every rank computes the whole batch: its pairs are each other's negatives, and it is small."""
+        """One step of both. Every rank computes the whole batch: all pairs are each other's negatives."""
         scene, texts = batch
         pictures = world.render(scene, self.cfg.size)[0]
         losses = {}
@@ -208,7 +212,7 @@ class Task:
         tokens = self.words(texts)
         return self.clip.encode_text(tokens[:, : int((tokens > 0).sum(1).max())].to(self.device))[0]
 
-    # -- evaluation -----------------------------------------------------------------------------------------------------
+    # -- evaluation ------------------------------------------------------------------------------------------
 
     def evaluate(self, split):
         """R@1 with full captions among 100, zero-shot attributes of single objects, the reader on fresh renders."""
@@ -251,10 +255,10 @@ class Task:
         reading = {name: torch.cat([r[name] for r in readings]).cpu() for name in readings[0]}
         return readers.accuracy(reading, scene)
 
-    # -- what it leaves behind ------------------------------------------------------------------------------------------
+    # -- what it leaves behind -------------------------------------------------------------------------------
 
     def sample(self, folder):
-        """The weights as float16 safetensors, and a page of test pictures under the caption that CLIP finds for each."""
+        """The weights as float16 safetensors, and test pictures over the caption that CLIP finds for each."""
         clip_half = {name: tensor.half() for name, tensor in official_names(self.clip).items()}
         about = {"image_heads": self.cfg.heads, "text_heads": self.cfg.heads, "words": " ".join(self.words.words)}
         reader_half = {name: t.half() if t.is_floating_point() else t for name, t in self.reader.state_dict().items()}

@@ -120,6 +120,7 @@ def clips(index, seed=0, split="train", questions=8, types=SVQA):
     for name in types:
         if name not in TYPES:
             raise ValueError(f"there is no question type {name!r}; the built-in world has {', '.join(TYPES)}")
+    # One stream of chance a question: asking for more questions leaves the first ones as they are.
     key = keys(index, seed, split, view=4)
     shown = videos(key)
     pot = [name for name, weight in types.items() for _ in range(max(1, round(weight / 120)))]
@@ -166,7 +167,7 @@ def describe(chance, things, i, hidden):
     """A phrase that fits thing i alone and does not tell `hidden`.   -> phrase, attributes named; or None"""
     hidden = "motion" if hidden in ("action", "direction") else hidden
     free = [a for a in ("colour", "shape", "size", "motion") if a != hidden]
-    rest = things[:i] + things[i + 1 :]
+    rest = things[:i] + things[i + 1 :]                       # equal attributes in the rest make it ambiguous
     for n in (1, 2, 3):
         fits = [named for named in combinations(free, n)
                 if not any(all(t[a] == things[i][a] for a in named) for t in rest)]
@@ -230,6 +231,7 @@ def compare(chance, things, kind):
     """"are there more red things than stars": two numbers come first, then a colour and a shape with them."""
     true = {"more": lambda m, n: m > n, "less": lambda m, n: m < n, "equal": lambda m, n: m == n}[kind]
     answer = one(chance, ("yes", "no"))
+    # Always a colour against a shape: two colours that are there are never equally many.
     numbers = one(chance, [(m, n) for m in range(4) for n in range(4) if true(m, n) == (answer == "yes")])
     sets = one(chance, (("colour", "shape"), ("shape", "colour")))
     values = [value_with(chance, things, a, n) for a, n in zip(sets, numbers, strict=True)]
@@ -256,6 +258,7 @@ def relation(chance, things, _):
     answer = one(chance, ("yes", "no"))
     pairs = [(i, j) for i, a in enumerate(things) for j, b in enumerate(things)
              if abs(a["start"] - b["start"]) == 1 and a["first"] == (answer == "yes")]
+    # Lanes lie side by side or one below the other: only that order is certain while both are seen.
     words = "left of" if things[0]["upright"] else "above"
     return pairwise(chance, things, pairs, "", f"is the {{}} {words} the {{}}", answer)
 
@@ -270,6 +273,8 @@ def order(chance, things, _):
 
 def pairwise(chance, things, pairs, hidden, words, answer):
     """Fill a question about two things with their descriptions."""
+    if not pairs:
+        return None
     i, j = one(chance, pairs)
     a, b = describe(chance, things, i, hidden), describe(chance, things, j, hidden)
     return (words.format(a[0], b[0]), answer, [i, j], (*a[1], *b[1])) if a and b else None

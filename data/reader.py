@@ -5,7 +5,7 @@
     agree(reading, scene)                       # what of a scene is in the picture, object by object
 
 It is the independent judge of generated and edited pictures: trained on renders by `python train.py clip`, shipped in
-data/weights/, and never a part of a loss. Its own accuracy on renders bounds every score that it gives: print it beside.
+data/weights/, and never a part of a loss. Its own accuracy on renders bounds every score it gives: print it beside.
 On a grid of 16 x 16 cells it says where an object's centre is (a heat map, read at its peaks) and, there, what it is:
 no mask, no position and no number of objects has to be given.
 """

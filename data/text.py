@@ -1,4 +1,4 @@
-"""Text to ids, on the standard library: CLIP's byte pairs, a word table for the small CLIP, a vocabulary for questions.
+"""Text to ids, on the standard library: CLIP's byte pairs, the small CLIP's words, a vocabulary for questions.
 
 BytePairs      CLIP's tokeniser; the merges come from the user's copy of the published vocabulary file
 WordTokenizer  one id a word, for the built-in world's grammar; an unknown word is an error that names near ones
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-MERGES = 49152 - 256 - 2              # merges that CLIP uses; the published file lists 262,145 and the rest is ignored
+MERGES = 49152 - 256 - 2              # merges that CLIP uses; the published file lists 262,145, the rest is ignored
 SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'ſ")      # the reference ignores case: long s is an s
-SPACES = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | {chr(c) for c in range(0x2000, 0x200B)}
+SPACES = {*"\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000", *map(chr, range(0x2000, 0x200B))}
 
 
-# -- CLIP's byte pairs ----------------------------------------------------------------------------------------------
+# -- CLIP's byte pairs ---------------------------------------------------------------------------------------
 
 
 def byte_symbols():
@@ -37,7 +37,7 @@ def byte_symbols():
 def clean(text):
     """HTML entities undone twice, any white space made a plain space (`scan` drops it), lower case.
 
-    # Official code: also repairs mojibake with ftfy; left out (standard library only), so only broken Unicode differs.
+    # Official code: also repairs mojibake with ftfy; left out (standard library only): only broken Unicode differs.
     """
     text = html.unescape(html.unescape(text)).strip()
     return "".join(" " if ch in SPACES else ch for ch in text).strip().lower()
@@ -96,7 +96,7 @@ def read_merges(path):
 class BytePairs:
     """CLIP's tokeniser: tokens = BytePairs(read_merges(path))(texts), (B, context) int64.
 
-    ids: 256 byte symbols, the same with the end-of-word mark </w>, one per merge, start-of-text, end-of-text (largest).
+    ids: 256 byte symbols, the same with the end-of-word mark </w>, one per merge, start-of-text, end-of-text.
     """
 
     def __init__(self, merges, context=77, pad=0):
@@ -159,7 +159,7 @@ def pack(texts, encode, start, end, context, truncate, pad=0):
     return rows
 
 
-# -- the small CLIP's words -------------------------------------------------------------------------------------------
+# -- the small CLIP's words ----------------------------------------------------------------------------------
 
 
 def words_of(text):
@@ -176,7 +176,8 @@ class WordTokenizer:
     def __init__(self, words, context=32):
         repeated = {word for word in words if words.count(word) > 1}
         if repeated or not words:
-            raise ValueError(f"a word table needs distinct words; repeated: {', '.join(sorted(repeated)) or 'none given'}")
+            found = f"repeated: {', '.join(sorted(repeated))}" if repeated else "none given"
+            raise ValueError(f"a word table needs distinct words; {found}")
         self.words, self.context = list(words), context
         self.ids = {word: n for n, word in enumerate(self.words, 1)}
         self.start, self.end, self.size = len(words) + 1, len(words) + 2, len(words) + 3
@@ -201,7 +202,7 @@ class WordTokenizer:
         return pack(texts, self.encode, self.start, self.end, self.context, truncate)
 
 
-# -- questions of real data sets ----------------------------------------------------------------------------------------
+# -- questions of real data sets -----------------------------------------------------------------------------
 
 
 def question_words(text):

@@ -74,10 +74,11 @@ def edits(index, seed=0, split="train", kinds=EDITS):
     for name in kinds:
         if name not in EDITS:
             raise ValueError(f"there is no edit {name!r}; the built-in world has {', '.join(EDITS)}")
-    u = uniform(keys(index, seed, split, view=1) ^ 1, 8)
+    u = uniform(keys(index, seed, split, view=1) ^ 1, 8)         # "^ 1": not the numbers the scene is made of
     kind = torch.tensor([EDITS.index(name) for name in kinds])[(u[:, 0] * len(kinds)).long()]
     moved = kind >= EDITS.index("add")                                     # added or removed: always slot 1
     two = moved | (u[:, 1] < 0.5)
+    # What is added or removed has its place in both layouts, so nothing else moves or changes size.
     before = scenes(index, seed, split, objects=(2, 2), count=1 + two.long(), view=1)
     tell_apart(before, u[:, 2], split)
     which = torch.where(moved, 1, (two & (u[:, 3] < 0.5)).long())
@@ -172,7 +173,7 @@ def stories(index, seed=0, split="train", frames=4, looks="fixed"):
     key = keys(index, seed, split, view=2)
     look = [[SHAPES.index(s), COLOUR.index(c), TEXTURES.index(t)] for s, c, t in LOOKS]
     look = torch.tensor(look).expand(len(key), -1, -1).clone()
-    if looks == "story":
+    if looks == "story":                                           # eight shapes, eight colours: no two alike
         look[..., 0], look[..., 1] = uniform(key ^ 3, 8).argsort(1), uniform(key ^ 4, 8).argsort(1)
     told = [script(iter(row), frames, own)
             for row, own in zip(hashed(key, 8 * frames).tolist(), look.tolist(), strict=True)]
@@ -185,6 +186,7 @@ def stories(index, seed=0, split="train", frames=4, looks="fixed"):
 
 def script(chance, frames, look):
     """One story.   -> F dicts. "It" is the subject of the sentence before, "they" are the two who met."""
+    # After a meeting "it" could be either of two: it is not said until a name settles the subject.
     subject, place, met, known, story = next(chance) % 8, one(chance, BACKGROUND), None, set(), []
     for f in range(frames):
         act = one(chance, ("they", "they", "name", "enter") if met else
@@ -257,6 +259,7 @@ def products(index, seed=0, split="train", told=0.6):
     told: the chance that a title tells shape, colour or texture; it always tells kind and material, which are
     never seen. The mask of the product is render(scene)[1][:, 0].
     """
+    # Clutter: none, one or two small objects. No taste depends on them; they are what features may drift to.
     count = 1 + (uniform(keys(index, seed, split, view=3) ^ 1, 1)[:, 0] * 3).long()
     scene = scenes(index, seed, split, objects=(3, 3), count=count, view=3)
     key, u = scene["key"], uniform(scene["key"] ^ 2, 5)

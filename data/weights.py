@@ -18,7 +18,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
-LONGEST_HEADER = 100_000_000     # bytes; the limit of the format's own reader, so that a bad length cannot fill memory
+LONGEST_HEADER = 100_000_000     # bytes; the limit of the format's own reader: a bad length cannot fill memory
 READING = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
@@ -42,11 +42,11 @@ def sha256(path):
     return digest.hexdigest()
 
 
-# -- checkpoints of our own runs --------------------------------------------------------------------------------------
+# -- checkpoints of our own runs -----------------------------------------------------------------------------
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a dict of tensors and plain values so that a kill at any moment leaves the old file or the new one, whole."""
+    """Write a dict of tensors and plain values: a kill at any moment leaves the old file or the new one, whole."""
     write_aside(path, lambda file: torch.save(checkpoint, file))
 
 
@@ -61,7 +61,7 @@ def load_checkpoint(path, device="cpu"):
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
 
 
-# -- safetensors ------------------------------------------------------------------------------------------------------
+# -- safetensors ---------------------------------------------------------------------------------------------
 
 
 def write_safetensors(path, tensors, metadata=None):
@@ -96,8 +96,8 @@ def read_safetensors(path):
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, LONGEST_HEADER):
-            raise ValueError(f"{path} is not a whole safetensors file: it claims a header of {length:,} bytes and has "
-                             f"{size:,} bytes in all; copy it again")
+            raise ValueError(f"{path} is not a whole safetensors file: it claims a header of {length:,} bytes and "
+                             f"has {size:,} bytes in all; copy it again")
         header = read_header(path, file.read(length))
         metadata = header.pop("__metadata__", {})
         check_layout(path, header, size - 8 - length)
@@ -106,7 +106,8 @@ def read_safetensors(path):
             start, stop = entry["data_offsets"]
             file.seek(8 + length + start)
             raw = bytearray(file.read(stop - start))         # a copy of its own: aligned, writable
-            flat = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]) if raw else torch.empty(0, dtype=DTYPES[entry["dtype"]])
+            dtype = DTYPES[entry["dtype"]]
+            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
             tensors[name] = flat.reshape(entry["shape"])
     return tensors, metadata
 
@@ -123,10 +124,11 @@ def read_header(path, raw):
         if name == "__metadata__":
             continue
         entry = entry if isinstance(entry, dict) else {}
-        numbers = [entry.get("shape"), entry.get("data_offsets")]
-        if entry.get("dtype") not in DTYPES or not all(
-                isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in numbers) or len(numbers[1]) != 2:
-            raise ValueError(f"{path}: the header's entry for '{name}' is unreadable: {str(entry)[:80]}; types are {', '.join(DTYPES)}")
+        lists = [entry.get("shape"), entry.get("data_offsets")]
+        whole = all(isinstance(x, list) and all(type(n) is int and n >= 0 for n in x) for x in lists)
+        if not whole or len(lists[1]) != 2 or str(entry.get("dtype")) not in DTYPES:
+            raise ValueError(f"{path}: the header's entry for '{name}' is unreadable: {str(entry)[:80]}; "
+                             f"types are {', '.join(DTYPES)}")
     return header
 
 
@@ -138,14 +140,15 @@ def check_layout(path, header, size):
         for n in entry["shape"]:
             numbers *= n
         if start != reached or stop - start != numbers * DTYPES[entry["dtype"]].itemsize:
-            raise ValueError(f"{path}: tensor '{name}' of shape {tuple(entry['shape'])} does not fit bytes {start}-{stop}")
+            raise ValueError(f"{path}: tensor '{name}' of shape {tuple(entry['shape'])} does not fit bytes "
+                             f"{start}-{stop}")
         reached = stop
     if reached != size:
-        raise ValueError(f"{path} holds {size:,} bytes of numbers, its header describes {reached:,}: the file was cut or "
-                         "extended; copy it again")
+        raise ValueError(f"{path} holds {size:,} bytes of numbers, its header describes {reached:,}: the file was "
+                         "cut or extended; copy it again")
 
 
-# -- weights from elsewhere -------------------------------------------------------------------------------------------
+# -- weights from elsewhere ----------------------------------------------------------------------------------
 
 
 def read_state(path):
@@ -180,8 +183,8 @@ def check_names(expected, state, where):
 
     wrong = [f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}" for name, shape in expected.items()
              if name in state and tuple(state[name].shape) != tuple(shape)]
-    complaints = [*listed("missing", expected.keys() - state.keys()), *listed("unknown", state.keys() - expected.keys()),
-                  *listed("misshapen", wrong)]
+    complaints = [*listed("missing", expected.keys() - state.keys()),
+                  *listed("unknown", state.keys() - expected.keys()), *listed("misshapen", wrong)]
     if complaints:
         raise ValueError(f"{where} does not fit: " + "; ".join(complaints))
 

@@ -57,6 +57,7 @@ def keys(index, seed, split, view=0):
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < ROWS:
         raise ValueError(f"rows of the built-in world run from 0 to {ROWS - 1}; asked for {int(index.min())} "
                          f"to {int(index.max())}")
+    # Splits and views are other seeds, so row 7 of "test" has nothing to do with row 7 of "train".
     return hashed(index + seed_from(seed, SPLITS.index(split), view), 1)[:, 0]
 
 
@@ -76,7 +77,7 @@ def scenes(index, seed=0, split="train", objects=(1, 3), count=None, view=0):
     """
     key = keys(index, seed, split, view)
     slots = objects[1]
-    u = uniform(key, 4 + 6 * slots)
+    u = uniform(key, 4 + 6 * slots)                                 # all the chance of a scene but its layout
     if count is None:
         count = objects[0] + (u[:, 0] * (slots - objects[0] + 1)).long()
     of = u[:, 4:].view(-1, 6, slots)                                       # (B, 6, O)
@@ -100,6 +101,7 @@ def radii(size, count, u):
 def place(key, radius, present):
     """Centres, (B, O, 2): the first of TRIES random layouts that keeps objects apart, or the roomiest."""
     slots = radius.shape[1]
+    # Trying all layouts at once is dearer than one by one, but the same work for every row of a batch.
     u = uniform(key ^ 0x5CA1AB1E, TRIES * slots * 2).view(-1, TRIES, slots, 2)
     centre = (2 * u - 1) * (0.96 - REACH * radius)[:, None, :, None]       # (B, TRIES, O, 2)
     room = torch.full(centre.shape[:2], 9.0)
@@ -117,7 +119,6 @@ def pick(scene, rows):
 
 
 def to(scene, device):
-    """The same scene on another device."""
     return {name: value.to(device) for name, value in scene.items()}
 
 
@@ -134,6 +135,7 @@ def facts(scene):
 
 # -- sentences -----------------------------------------------------------------------------------------------
 
+# Colours have one name each and shapes two at most: the word alone must say what is right.
 SYNONYMS = {"small": ("small", "little", "tiny"), "large": ("large", "big"), "dotted": ("dotted", "spotted"),
             "circle": ("circle", "disc"), "square": ("square", "box"), "cross": ("cross", "plus"),
             "moon": ("moon", "crescent"), "grey": ("grey", "gray"), "gradient": ("shaded", "fading"),
@@ -189,7 +191,6 @@ def ground(chance, fact, tell_pattern):
 
 
 def listing(phrases):
-    """"a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
 
 
@@ -219,11 +220,12 @@ def relation(chance, fact):
     """Two objects and how they lie; a picture of one object says where that is instead."""
     if len(fact["objects"]) < 2:
         return part(chance, fact)
-    first = next(chance) % len(fact["objects"])
+    first = next(chance) % len(fact["objects"])                    # a neighbour in the list, either way round
     a, b = fact["objects"][first], fact["objects"][first - 1]
     dx, dy = a["x"] - b["x"], a["y"] - b["y"]
     words = {"l": ("left of", "to the left of"), "r": ("right of", "to the right of"),
              "a": ("above", "over"), "b": ("below", "under")}
+    # Objects keep apart, so the larger of the two differences is always a clear one.
     way = ("l" if dx < 0 else "r") if abs(dx) > abs(dy) else "a" if dy < 0 else "b"
     a, b = (article(noun(chance, thing, some(chance, ("colour", "shape", "texture")))) for thing in (a, b))
     return f"{one(chance, ('', 'there is '))}{a} {one(chance, words[way])} {b}"
@@ -291,15 +293,10 @@ OTHER = """a an and against background on in the of there is are with picture no
     0 1 2 3"""
 
 
-def words():
-    """All of them, in alphabetical order: the small CLIP reads one token a word."""
-    values = [SYNONYMS.get(value, (value,)) for table in VALUES.values() for value in table]
-    tables = [*values, PLURALS.values(), PLACES.values(), KINDS, MATERIALS, [name.lower() for name in NAMES],
-              OTHER.split()]
-    return tuple(sorted({word for table in tables for word in table}))
-
-
-WORDS = words()
+# All of them, in alphabetical order: the small CLIP reads one token a word.
+WORDS = tuple(sorted({*(word for table in VALUES.values() for v in table for word in SYNONYMS.get(v, (v,))),
+                      *PLURALS.values(), *PLACES.values(), *KINDS, *MATERIALS, *OTHER.split(),
+                      *(name.lower() for name in NAMES)}))
 
 
 # -- commands ------------------------------------------------------------------------------------------------
@@ -334,12 +331,11 @@ if __name__ == "__main__":
     parser.add_argument("--sheet", metavar="PNG", help="write a contact sheet")
     parser.add_argument("--bench", action="store_true", help="measure speed")
     parser.add_argument("--threads", type=int, default=1, help="threads for --bench")
-    parser.add_argument("--size", type=int, default=64, help="pixels a side for --bench")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.sheet:
         sheet(options.sheet)
     if options.bench:
-        bench(options.size)
+        bench()
     if not (options.sheet or options.bench):
         parser.print_help()

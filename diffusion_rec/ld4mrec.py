@@ -4,173 +4,112 @@ A reconstruction: neither version's full text nor any official code was at hand.
 [P1] [P2] abstract of version 1, 2   [F] framework figure   [K] formula quoted second hand   [N] reading note of version 2
 [D] inherited from DiffRec (SIGIR 2023)   [I] our inference   UNVERIFIED: not confirmed, hence a switch.
 
-A user is a row x_0 of the click matrix (I,). Training corrupts it, C-Net gives the clean row back; inference is one call
-on the row as it is. No tensor of users x items is ever made: each exact shortcut below has a naive twin of the same name
-with `_naive`, which tests hold it against.
+A user is a row x_0 of the click matrix. Training corrupts the row and C-Net gives it back; inference is one call on the row
+as it is. C-Net begins and ends with a linear map between items and a latent space, so a whole user is d + 1 numbers:
+x_hat = table() . encode(user), and a row over all items is never written down (fast.py).
 """
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from data import parallel
-from kernels.graph import Graph, knn, propagate
+from diffusion_rec import fast
+from diffusion_rec.diffusion import (
+    TimeSampler,
+    drawn,
+    drawn_for_entries,
+    dropout,
+    neighbour_scores,
+    posterior,
+    schedule,
+    snr_weight,
+    soft_target,
+)
+from kernels.graph import Graph, propagate
 
-HISTORY = 10            # losses remembered per time step [D]
-FLOOR = 1e-3            # share of uniform sampling mixed into importance sampling [D]
+# -- conditions, precomputed without gradient (section 4) ----------------------------------------------------------------
 
 
-# -- forward process (specification, section 3) ---------------------------------------------------------------------------
+def normalised(clicks, smooth=0.0):
+    """R_hat = D_u^-1/2 R D_i^-1/2 with `smooth` added to every degree.   clicks Graph (U, I) of ones -> Graph (U, I)
 
-
-def schedule(T, scale, low, high, first=0.0):
-    """Linear-variance schedule of DiffRec [D].   -> betas (T,), abar (T + 1,) float64 with abar[0] = 1
-
-    1 - abar_t = scale * [low + (t - 1) / (T - 1) * (high - low)],  t = 1..T;  T = 1 leaves scale * low
-    beta_t = 1 - abar_t / abar_{t-1}, at most .999.   first > 0 replaces beta_1 (DiffRec: 1e-5)
-    # Paper: eq. 3 is quoted with (1 - low) in place of (high - low) [K]; --high=1 is that reading. UNVERIFIED
+    # Paper: raw R or R_hat is not known (UNVERIFIED). With smooth = 0 every connected component of the click graph has the
+    # top singular value 1. TikTok has dozens of tiny ones, so its 64 leading directions say little but "which component".
     """
-    if T < 1 or not 0 < low <= high <= 1 or not 0 <= scale <= 1:
-        raise ValueError(f"T={T}, scale={scale}, low={low}, high={high}: need T >= 1, 0 <= scale <= 1, 0 < low <= high <= 1")
-    noise = scale * torch.linspace(low, high if T > 1 else low, T, dtype=torch.float64)
-    abar = torch.cat([torch.ones(1, dtype=torch.float64), 1 - noise])
-    betas = (1 - abar[1:] / abar[:-1]).clamp(0, 0.999)
-    if first:
-        betas[0] = first
-    return betas, torch.cat([abar[:1], (1 - betas).cumprod(0)])
+    degree_u, degree_i = (g.counts.float() + smooth for g in (clicks, clicks.T))
+    weight = (degree_u[clicks.row_of] * degree_i[clicks.col.long()]).rsqrt()
+    return Graph(clicks.ptr, clicks.col, weight, clicks.shape)
 
 
-class TimeSampler(nn.Module):
-    """t ~ Importance({1..T}) [F][D]: hard times are drawn more often. The history is a buffer, so a resume keeps it.
+def collaborative_signal(graph, k, rounds=12):
+    """c_u: rows of U_k sqrt(Sigma_k) of a sparse matrix, by subspace iteration [F][K].   -> (U, k) float32
 
-    p_t ~ sqrt(mean of the last 10 squared losses at t), mixed with 0.1 % uniform; uniform until every t has 10 losses.
-    A drawn loss counts 1 / (p_t T), which leaves the expected objective as it was.
-    """
-
-    def __init__(self, T, importance=True):
-        super().__init__()
-        self.T, self.importance = T, importance
-        self.register_buffer("loss_history", torch.zeros(T, HISTORY))
-        self.register_buffer("count", torch.zeros(T, dtype=torch.int64))
-
-    def probabilities(self):
-        """p_t (T,), t = 1 first."""
-        uniform = torch.full_like(self.loss_history[:, 0], 1 / self.T)
-        if not self.importance:
-            return uniform
-        p = self.loss_history.square().mean(1).sqrt() + 1e-30
-        p = (1 - FLOOR) * p / p.sum() + FLOOR / self.T
-        return torch.where((self.count >= HISTORY).all(), p, uniform)        # no device sync
-
-    def draw(self, n):
-        """-> t (n,) in 1..T, weight (n,) = 1 / (p_t T)"""
-        p = self.probabilities()
-        t = torch.multinomial(p, n, replacement=True)
-        return t + 1, 1 / (p[t] * self.T)
-
-    def record(self, t, loss):
-        """Remember each time's last 10 losses. A ring buffer by scatter: the order inside does not matter.   t, loss (n,)"""
-        t, order = (t - 1).sort(stable=True)
-        arrived = torch.bincount(t, minlength=self.T)
-        nth = torch.arange(len(t), device=t.device) - (arrived.cumsum(0) - arrived)[t]
-        last = nth >= arrived[t] - HISTORY                                   # a slot is written once: the same bits every run
-        t_last, slot = t[last], (self.count[t] + nth)[last] % HISTORY
-        self.loss_history[t_last, slot] = loss[order][last].float()
-        self.count += arrived
-
-
-# -- conditions, precomputed without gradient (section 4) -------------------------------------------------------------------
-
-
-def truncated_svd(graph, k, rounds=12):
-    """U_k sqrt(Sigma_k) of a sparse matrix by subspace iteration [F][K].   -> (U, k) float32
-
-    Deterministic: fixed start, and the largest entry of each right vector is positive. Directions beyond the rank (a
-    singular value below 1e-4 of the first, or k > min(U, I)) are columns of zeros: their rotation would be noise.
+    Deterministic: a fixed start, and the largest entry of each right vector is positive. Directions beyond the rank (singular
+    value below 1e-4 of the first, or k > min(U, I)) are columns of zeros: their rotation would be noise.
     """
     width = min(k + 16, *graph.shape)
     q = torch.randn(graph.shape[1], width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    q = q.to(graph.col.device)
+    q = q.to(graph.device)
     for _ in range(rounds):
         q = torch.linalg.qr(propagate(graph.T, propagate(graph, q)))[0]
     left, sigma, right = torch.linalg.svd(propagate(graph, q), full_matrices=False)
     right = q @ right.T                                                       # (I, width)
     sign = right.gather(0, right.abs().argmax(0)[None])[0].sign()
-    scaled = left * sign * sigma.sqrt() * (sigma > 1e-4 * sigma[0].clamp(min=1e-12))
-    return F.pad(scaled, (0, max(0, k - width)))[:, :k].float()
-
-
-def normalised(graph, users, items, smooth=0.0):
-    """R_hat = D_u^-1/2 R D_i^-1/2 with `smooth` added to the degrees.   graph (U, I) of ones -> Graph (U, I)
-
-    # Paper: raw or normalised R is not known. With smooth = 0 every connected component of the click graph has the top
-    # singular value 1: where there are hundreds (TikTok), the leading directions only say which component a user is in.
-    """
-    degree_u, degree_i = (g.ptr.diff().float() + smooth for g in (graph, graph.T))
-    weight = (degree_u[graph.row_of] * degree_i[graph.col.long()]).rsqrt()
-    return Graph(graph.ptr, graph.col, weight, (users, items))
+    c = left * sign * sigma.sqrt() * (sigma > 1e-4 * sigma[0].clamp(min=1e-12))
+    return F.pad(c, (0, max(0, k - width)))[:, :k].float()
 
 
 def modality_preference(graph, x, most=256):
-    """p_u = R_hat X: one parameter-free hop [F][K].   graph (U, I) normalised, x (I, d_m) -> (U, min(d_m, most))
+    """p_u = R_hat X: one parameter-free hop [F][K].   graph Graph (U, I), x (I, d_m) -> (U, min(d_m, most)) float32
 
-    Columns are standardised and rows get length 1 first (image vectors have large norms) [I]; wide features are reduced
+    Columns are standardised and rows get length 1 first, as image vectors have large norms [I]. Wide features are reduced
     by PCA, so that U x 4096 numbers are never stored.
     """
-    x = x.double()
+    x = x.double() - x.double().mean(0)
     if x.shape[1] > most:
-        values, axes = torch.linalg.eigh(torch.cov(x.T))
-        x = (x - x.mean(0)) @ axes[:, -most:]
-    x = (x - x.mean(0)) / x.std(0, correction=0).clamp(min=1e-6)
+        x = x @ torch.linalg.eigh(x.T @ x / len(x))[1][:, -most:]
+    x = x / x.std(0, correction=0).clamp(min=1e-6)
     return propagate(graph, F.normalize(x, dim=1).float())
 
 
-# -- C-Net (section 5) ---------------------------------------------------------------------------------------------------------
+# -- C-Net (section 5) -------------------------------------------------------------------------------------------------------
 
 
 def time_code(t, width):
-    """Sinusoidal code of t, cosines then sines, longest period 10000.   t (n,) -> (n, width)"""
+    """Sinusoidal code of t, cosines then sines, longest period 10000 [F].   t (n,) -> (n, width)"""
     half = width // 2
     frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
     angle = t[:, None].float() * frequency
     return F.pad(torch.cat([angle.cos(), angle.sin()], 1), (0, width % 2))
 
 
-def dropout(x, p, training):
-    """Dropout whose mask is drawn for the global batch, then cut: one process and several agree."""
-    if not training or p == 0:
-        return x
-    keep = parallel.shard(torch.rand(len(x) * parallel.world(), *x.shape[1:], device=x.device)) >= p
-    return x * keep / (1 - p)
-
-
 class Denoise(nn.Module):
     """BD, behaviour-denoising block [F]; inner formula UNVERIFIED [I].
 
     z = SiLU(W1 LN(h) + W_t tau + W_c c_u + b1)        h <- h + W2 dropout(z) + b2
-    cond   add: as written;   film: LN(h) is scaled and shifted by a linear map of [tau; c_u];   concat: W1 [LN(h); tau; c_u]
-           (the same family of functions as add, with one initial scale for all inputs)
+    cond   add: as written;   film: LN(h) is scaled and shifted by a linear map of [tau; c_u];   concat: W1 [LN(h); tau; c_u],
+           the same functions as add with one initial scale for all inputs
     """
 
-    def __init__(self, cfg, collab, modal=0):
+    def __init__(self, cfg, given):
         super().__init__()
-        d, given = cfg.width, cfg.time_width + collab + modal
-        self.cond, self.p, self.ln = cfg.cond, cfg.dropout, nn.LayerNorm(d)
+        d, self.cond, self.p = cfg.width, cfg.cond, cfg.dropout
+        self.ln = nn.LayerNorm(d)
         self.w1 = nn.Linear(d + given * (cfg.cond == "concat"), d)
-        self.given = {"add": lambda: nn.Linear(given, d, bias=False), "film": lambda: nn.Linear(given, 2 * d),
-                      "concat": nn.Identity}[cfg.cond]()
+        if cfg.cond != "concat":
+            self.given = nn.Linear(given, d if cfg.cond == "add" else 2 * d, bias=cfg.cond == "film")
         self.w2 = nn.Linear(d, d)
 
-    def forward(self, h, conditions):
-        normal, given = self.ln(h), self.given(torch.cat(conditions, 1))
+    def forward(self, h, given):
+        x = self.ln(h)
         if self.cond == "film":
-            scale, shift = given.chunk(2, 1)
-            normal, given = normal * (1 + scale) + shift, 0
-        elif self.cond == "concat":
-            normal, given = torch.cat([normal, given], 1), 0
-        return h + self.w2(dropout(F.silu(self.w1(normal) + given), self.p, self.training))
+            scale, shift = self.given(given).chunk(2, 1)
+            z = self.w1(x * (1 + scale) + shift)
+        else:
+            z = self.w1(x) + self.given(given) if self.cond == "add" else self.w1(torch.cat([x, given], 1))
+        return h + self.w2(dropout(F.silu(z), self.p, self.training))
 
 
 class Guide(nn.Module):
@@ -189,7 +128,7 @@ class Guide(nn.Module):
 
 
 class Preference(nn.Module):
-    """Personalised modality weights [P2], form UNVERIFIED [I].
+    """Blend of a user's modalities with personal weights [P2]; form UNVERIFIED [I].
 
     a_m = softmax_m(q^T tanh(W_a W_m p_um + b_a))        r = sum_m a_m W_m p_um
     """
@@ -202,8 +141,170 @@ class Preference(nn.Module):
             self.hidden, self.q = nn.Linear(cfg.width, cfg.width), nn.Linear(cfg.width, 1, bias=False)
 
     def forward(self, p):
-        """p {modality: (B, d_m)} -> r (B, d), weights (B, M)"""
+        """p {modality: (B, d_m)} -> r (B, d), a (B, M)"""
         each = torch.stack([self.proj[m](x) for m, x in p.items()], 1)                        # (B, M, d)
         logits = self.q(torch.tanh(self.hidden(each)))[..., 0] if self.personal else each.new_zeros(each.shape[:2])
         a = logits.softmax(1)
         return (a[..., None] * each).sum(1), a
+
+
+class LD4MRec(nn.Module):
+    """C-Net and everything around it.   x_hat[u, i] = encode(u) . table()[i]
+
+    loss(users)      one training loss for a global batch of user ids
+    encode(users)    (n, d + 1) latent users by the chosen inference;   table() (I, d + 1) latent items
+    """
+
+    def __init__(self, cfg, users, items, train, features):
+        super().__init__()
+        self.cfg, self.users, self.items = cfg, users, items
+        self.clicks = Graph.from_edges(train[:, 0], train[:, 1], (users, items))               # R, rows are x_0
+        self.conditions(features)
+        betas, abar = schedule(cfg.T, cfg.scale, cfg.low, cfg.high, cfg.first_beta)
+        self.register_buffer("betas", betas.float())
+        self.register_buffer("abar", abar.float())                                             # (T + 1,), abar[0] = 1
+        self.register_buffer("noise", (1 - abar).float())          # kept apart: 1 - float32(abar) has 3 digits left
+        self.times = TimeSampler(cfg.T, cfg.t_sampling == "importance")                        # t ~ Importance({1..T}) [F]
+        self.table_in, self.bias_in = nn.Parameter(torch.empty(items, cfg.width)), nn.Parameter(torch.zeros(cfg.width))
+        self.network()
+        self.table_out, self.bias_out = nn.Parameter(torch.empty(items, cfg.width)), nn.Parameter(torch.zeros(items))
+        for weight in (p for name, p in self.named_parameters() if p.dim() == 2):
+            nn.init.xavier_normal_(weight)                                                     # [D]
+        if cfg.zero_start:
+            for block in (m for m in self.modules() if isinstance(m, Denoise | Guide)):
+                nn.init.zeros_((block.w2 if isinstance(block, Denoise) else block.out).weight)
+        if cfg.soft_target == "neighbour":
+            self.pattern, self.score = neighbour_scores(self.clicks, cfg.neighbours)
+
+    def conditions(self, features):
+        """c_u and p_um of every user, no gradient."""
+        cfg, self.preferences = self.cfg, {}
+        if cfg.guide_modality and not features:
+            raise ValueError("modality guidance needs content features; without any pass --guide_modality=false")
+        if cfg.guide_collab:
+            graph = self.clicks if cfg.collab == "raw" else normalised(self.clicks, cfg.smooth)
+            self.register_buffer("svd_user", collaborative_signal(graph, cfg.svd))             # (U, k)
+        if cfg.guide_modality:
+            graph = normalised(self.clicks)
+            for m, x in features.items():
+                self.register_buffer(f"preference_{m}", modality_preference(graph, x), persistent=False)
+                self.preferences[m] = f"preference_{m}"
+
+    def network(self):
+        """FC -> BD -> BG -> BD -> BG -> FC [F] between the two tables."""
+        cfg, guided = self.cfg, self.cfg.guide_modality
+        d = cfg.time_width
+        self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))                 # tau(t)
+        self.t_in = nn.Parameter(torch.zeros(d))                                               # delta of tau_in [K]
+        if guided:
+            self.attn = Preference(cfg, {m: getattr(self, name).shape[1] for m, name in self.preferences.items()})
+        single = cfg.width * (cfg.order == "single" and guided)
+        given = d + cfg.svd * cfg.guide_collab + single
+        self.bd = nn.ModuleList(Denoise(cfg, given) for _ in range(cfg.layers))
+        self.bg = nn.ModuleList(Guide(cfg) for _ in range(cfg.layers if guided and not single else 0))
+
+    def tau(self, t):
+        """Time representation.   t (n,) int -> (n, d_t)"""
+        return self.time(time_code(t, self.cfg.time_width))
+
+    def tau_in(self, n):
+        """Learnable input time of forward-free inference: tau(0) + delta [K]; how it is trained is UNVERIFIED."""
+        return self.tau(torch.zeros(1, device=self.t_in.device)).expand(n, -1) + self.t_in
+
+    def forward(self, entered, tau, users):
+        """C-Net between the tables.   entered (B, d) = W_in^T x, tau (B, d_t), users (B,) -> h (B, d)"""
+        h, given, r = entered + self.bias_in, [tau], None
+        if self.cfg.guide_collab:
+            given.append(self.svd_user[users])
+        if self.cfg.guide_modality:
+            r, _ = self.attn({m: getattr(self, name)[users] for m, name in self.preferences.items()})
+            given += [r] if self.cfg.order == "single" else []
+        given = torch.cat(given, 1)
+        for level in range(self.cfg.layers):
+            guide = self.bg[level] if len(self.bg) else lambda h, r: h
+            if self.cfg.order == "BGBD":
+                h = self.bd[level](guide(h, r), given)
+            else:
+                h = guide(self.bd[level](h, given), r)
+        return h
+
+    # -- training (sections 3 and 7) --
+
+    def enter(self, rows, abar, noise, z=None):
+        """W_in^T x_t for x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, Sec. 3.   rows Graph (B, I), abar, noise (B,) -> (B, d)
+
+        Dropout and normalisation act on the clicks before the noise, which keeps every shortcut exact; with acts_on = state
+        they act on x_t as in DiffRec, and x_t is written out.
+        """
+        cfg, table = self.cfg, self.table_in
+        if cfg.acts_on == "clicks" and cfg.normalise:
+            rows = fast.unit_rows(rows)
+        if cfg.noise == "latent":
+            z = drawn(torch.randn, *abar.shape, cfg.width, device=abar.device) if z is None else z
+            eps = fast.latent_noise(table, z) if noise.any() else 0
+            return abar.sqrt()[:, None] * fast.latent_input(rows, table) + noise.sqrt()[:, None] * eps
+        eps = drawn(torch.randn, *rows.shape, device=abar.device)
+        return self.enter_state(abar.sqrt()[:, None] * rows.dense() + noise.sqrt()[:, None] * eps)
+
+    def enter_state(self, x):
+        """W_in^T x for a dense state x_t (B, I)."""
+        if self.cfg.acts_on == "state":
+            x = F.normalize(x, dim=1) if self.cfg.normalise else x
+            x = dropout(x, self.cfg.dropout_in, self.training)
+        return x @ self.table_in
+
+    def loss(self, users):
+        """E_t,eps w_t || f_S(x_0) - C-Net(x_t, tau(t), c_u, p_u) ||^2, Sec. 7.   users: the global batch (B,) -> scalar
+
+        A share rho of the users is fed x_0 as it is with tau_in, because that is what inference will do [I].
+        """
+        cfg, mine = self.cfg, parallel.shard(users)
+        rows, n = self.clicks.rows(mine), len(mine)
+        clean = drawn(torch.rand, n, device=users.device) < cfg.rho
+        t, weight = self.times.draw(n)
+        abar, noise = torch.where(clean, 1.0, self.abar[t]), torch.where(clean, 0.0, self.noise[t])
+        if cfg.acts_on == "clicks" and cfg.dropout_in:
+            rows = fast.drop_clicks(rows, cfg.dropout_in, drawn_for_entries(self.clicks, users))
+        tau = torch.where(clean[:, None], self.tau_in(n), self.tau(t))
+        h = self(self.enter(rows, abar, noise), tau, mine).float()
+        target = self.target(users, mine)
+        error = self.reconstruction(h, target)                                                 # (B,)
+        self.times.record(t, error, ~clean)
+        weight = weight * snr_weight(self.abar, t) if cfg.weighting == "snr" else weight
+        return (torch.where(clean, 1.0, weight) * error).mean()
+
+    def target(self, users, mine):
+        """f_S(x_0), drawn for the global batch `users`, for this process's rows `mine`."""
+        cfg, neighbour = self.cfg, self.cfg.soft_target == "neighbour"
+        graph = self.pattern if neighbour else self.clicks
+        rows = graph.rows(mine)
+        share = drawn(torch.rand, len(mine), device=users.device)
+        each = drawn_for_entries(graph, users) if cfg.soft_target == "positive_only" else None
+        score = self.score[rows.entries] if neighbour else None
+        return soft_target(cfg.soft_target, cfg.p, cfg.gamma, rows, share, each, score)
+
+    def reconstruction(self, h, target):
+        """|| f_S - x_hat ||^2 of every user.   h (B, d) -> (B,)"""
+        squared = fast.reconstruction if self.cfg.loss == "closed" else fast.reconstruction_naive
+        return squared(h, self.table_out, self.bias_out, target)
+
+    # -- inference (section 6) --
+
+    def table(self):
+        return torch.cat([self.table_out, self.bias_out[:, None]], 1)                          # (I, d + 1)
+
+    def encode(self, users, inference=None, steps=None):
+        """Users in the items' latent space.   users (n,) -> (n, d + 1)
+
+        forward_free   C-Net(x_0, tau_in): no noise, one call [P2][K]
+        one_step       C-Net(x_t, tau(t)) at t = corrupt (at least 1): version 1
+        chain          corrupt to t = corrupt (0: not at all), then `steps` reverse steps down to t = 1, as DiffRec [D]
+        """
+        inference, steps = inference or self.cfg.inference, steps or self.cfg.T
+        if inference == "forward_free":
+            rows, ones = self.clicks.rows(users), torch.ones(len(users), device=users.device)
+            return self.leave(self(self.enter(rows, ones, 0 * ones, 0 * ones), self.tau_in(len(users)), users))
+        raise NotImplementedError
+
+    def leave(self, h):
+        return F.pad(h.float(), (0, 1), value=1.0)

@@ -260,11 +260,27 @@ def _map_kernel(q, k, lengths, mask, out, Q, K, H, qb, qt, qh, kb, kt, kh,
 
 # -- launching ---------------------------------------------------------------------------------------------------
 
-# (queries per program, warps) by padded head width 16, 32, 64, 128, 256 for 128 keys; a block of 16 keys uses the same
-# row. None: no tile without spills, the reference runs. "80": capability 8.0; "86": 8.x and 12.x, 99 KiB of shared
-# memory; "90": 9.x and 10.x. Read off kernels.check (clean and fits); which is fastest is *not yet measured*.
+# Queries per program / warps for padded head width 32, 64, 128, 256: on capability 8.x and 12.x, then on 9.x and 10.x.
+# "-": no tile without spills, the reference runs. "*": needs more than 99 KiB of shared memory, so not on 8.6, 8.9, 12.x.
+# "half" is float16 and bfloat16, "float" float32 by three TF32 products (as exact as float32), "tf32" by one.
+# Read off kernels.check, whatever the flags and for smaller blocks of keys too; which is fastest is *not yet measured*.
 TILES = {
-    ("forward", "half", "80"): ((64, 4), (64, 4), (64, 4), (64, 8), (32, 8)),
+    ("forward", "half", 128): ("64/4 64/4 64/8 32/8", "64/4 64/4 64/8 64/8"),
+    ("forward", "half", 256): ("32/8 32/8 32/8 -", "32/8 64/8 64/8 -"),
+    ("forward", "float", 128): ("16/4 16/8 16/8 -", "32/8 32/8 16/8 -"),
+    ("forward", "tf32", 128): ("32/8 32/8 32/8 -", "32/8 64/8 32/8 -"),
+    ("story", "half", 128): ("64/4 32/4 32/8 16/8", "64/4 64/4 32/8 16/8"),
+    ("story", "half", 256): ("16/8 16/8 - -", "32/8 32/8 - -"),
+    ("story", "float", 128): ("16/8 16/8 - -", "16/8 16/8 - -"),
+    ("story", "tf32", 128): ("16/8 16/8 16/8 -", "32/8 32/8 16/8 -"),
+    ("backward", "half", 128): ("16/4 16/8 16/8* -", "32/4 32/8 16/8 -"),
+    ("backward", "half", 256): ("16/8 16/8* - -", "16/8 16/8 - -"),
+    ("backward", "float", 128): ("- - - -", "16/8 - - -"),
+    ("backward", "tf32", 128): ("16/8 16/8* - -", "16/8 16/8 - -"),
+    ("map", "half", 128): ("64/8 64/8 64/8 32/8", "64/8 64/8 64/8 32/8"),
+    ("map", "half", 256): ("32/8 32/8 16/8 -", "32/8 32/8 16/8 -"),
+    ("map", "float", 128): ("16/8 16/8 16/8 -", "16/8 16/8 16/8 -"),
+    ("map", "tf32", 128): ("32/8 32/8 32/8 -", "32/8 32/8 32/8 -"),
 }
 
 
@@ -272,17 +288,23 @@ def _tile(kind, x, keys):
     """(queries, warps) of kernel `kind` for queries x (..., D) and so many keys, or None."""
     if not x.is_cuda:
         return 64, 4                                                  # the interpreter knows no registers
-    major, minor = torch.cuda.get_device_capability(x.device)
-    chip = "90" if major in (9, 10) else "80" if (major, minor) == (8, 0) else "86"
-    kind_of = "half" if x.element_size() == 2 else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float"
+    numbers = "half" if x.element_size() == 2 else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float"
     width, block = _blocks(x.shape[-1], keys)
-    row = TILES.get((kind, kind_of + (" 256" if block == 256 else ""), chip), (None,) * 5)
-    return row[width.bit_length() - 5]
+    return _table(kind, numbers, max(block, 128), width, torch.cuda.get_device_capability(x.device))
+
+
+def _table(kind, numbers, block, width, capability):
+    rows = TILES.get((kind, numbers, block))
+    entry = rows[capability[0] in (9, 10)].split()[width.bit_length() - 6] if rows and width <= 256 else "-"
+    if entry == "-" or (entry[-1] == "*" and capability != (8, 0)):
+        return None
+    queries, warps = entry.rstrip("*").split("/")
+    return int(queries), int(warps)
 
 
 def _blocks(width, keys):
-    """Padded head width and number of keys: powers of two, as Triton's tiles are."""
-    return max(16, 1 << (width - 1).bit_length()), 16 if keys <= 16 else 128 if keys <= 128 else 256
+    """Padded head width and number of keys: powers of two, as Triton's tiles are, and few of them to compile."""
+    return max(32, 1 << (width - 1).bit_length()), 16 if keys <= 16 else 128 if keys <= 128 else 256
 
 
 def _settings(kind, q, keys, scale, *tensors):
@@ -562,3 +584,39 @@ def _int32(lengths):
 
 def _bytes(mask):
     return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+# -- rows for kernels/check.py -----------------------------------------------------------------------------------
+
+
+def compile_cases():
+    """Every entry of TILES with all options present (the worst case), and the plain ones with full and small blocks."""
+    chips = {(8, 0): ("sm_80",), (8, 6): ("sm_86", "sm_120"), (9, 0): ("sm_90", "sm_100")}
+    for kind, numbers, keys in TILES:
+        for width, head in (32, 32), (64, 40), (128, 80), (256, 160):
+            for capability, targets in chips.items():
+                tile = _table(kind, numbers, keys, width, capability)
+                if tile:
+                    yield _case(kind, numbers, keys, width, head, tile, targets, plain=False)
+                if tile and (numbers, keys) == ("half", 128) and capability != (8, 6):
+                    yield _case(kind, numbers, keys, width, head, tile, targets[:1], plain=True)
+
+
+def _case(kind, numbers, keys, width, head, tile, targets, plain):
+    kernel = {"forward": _forward_kernel, "story": _frame_story_kernel, "backward": _backward_kernel, "map": _map_kernel}[kind]
+    number, tensor = "*bf16:16" if numbers == "half" else "*fp32:16", {}
+    for name in kernel.function.__code__.co_varnames[:kernel.function.__code__.co_argcount]:
+        wide = {"lengths": "*i32:16", "mask": "*u8:16", "lse": "*fp32:16", "gate": "*fp32:16", "dk": "*fp32:16",
+                "dv": "*fp32:16", "dgate": "*fp32:16"}
+        pointer = name in ("q", "k", "v", "kf", "vf", "ks", "vs", "q_story", "out", "dout", "dq")
+        tensor[name] = wide.get(name, number if pointer and (kind, name) != ("backward", "kf") else "i32")
+    tensor["out"] = "*fp32:16" if kind == "map" else number
+    constants = {"SCALE": head ** -0.5, "D": head, "BLOCK_D": width, "BLOCK_K": keys, "BLOCK_S": 16 if plain else keys,
+                 "BLOCK_Q": tile[0], "UNIT": 8, "UPCAST": False, "BOARD": not plain, "ADD": not plain,
+                 "PRECISION": {"half": "ieee", "float": "tf32x3", "tf32": "tf32"}[numbers]}
+    absent = ("lengths", "mask", "lse", "q_story", "dgate") + (("gate",) if kind == "backward" else ())
+    constants |= dict.fromkeys(absent) if plain else {}
+    constants = {name: value for name, value in constants.items() if name in tensor}
+    return {"name": f"{kind} {numbers} {keys}x{width}{' plain' if plain else ''}", "kernel": kernel, "targets": targets,
+            "signature": {name: t for name, t in tensor.items() if name not in constants}, "constants": constants,
+            "num_warps": tile[1], "num_stages": 1, "kind": "product", "tf32": numbers != "half"}

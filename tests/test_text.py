@@ -25,7 +25,8 @@ GOLDEN = {  # from the reference implementation, without start and end
     "a photo of a cat": [320, 1125, 539, 320, 2368],
     "a diagram": [320, 22697],
     "A small red circle on a blue background.": [320, 2442, 736, 7117, 525, 320, 1746, 5994, 269],
-    "a small red circle at the left on a black background": [320, 2442, 736, 7117, 536, 518, 1823, 525, 320, 1449, 5994],
+    "a small red circle at the left on a black background": [
+        320, 2442, 736, 7117, 536, 518, 1823, 525, 320, 1449, 5994],
     "The bird's 3 wings, isn't it?  Naïve café — 2x": [
         518, 3329, 568, 274, 5178, 267, 2923, 713, 585, 286, 1097, 35689, 563, 15304, 2005, 273, 343],
     "line drawing illustration of a kawaii cute ghost.": [1148, 3610, 6052, 539, 320, 26891, 2242, 7108, 269],
@@ -37,7 +38,7 @@ def tokeniser(**options):
     return BytePairs(TABLE, **options)
 
 
-# -- scanner ----------------------------------------------------------------------------------------------------------
+# -- scanner -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text, pieces", [
@@ -57,10 +58,11 @@ def test_scanner_by_hand(text, pieces):
 
 
 def test_scanner_equals_the_reference_pattern_with_classes_spelt_out():
-    pool = list("abcxyz'’sdtrevml 09\t\n.,!?-<|>éïøß漢字かな한ⅳ²½٣😀\u0301\u200b\u200d\u00a0\u3000") + ["<|endoftext|>", "'re", "'ll"]
+    pool = [*"abcxyz'’sdtrevml 09\t\n.,!?-<|>éïøß漢字かな한ⅳ²½٣😀\u0301\u200b\u200d\u00a0\u3000", "<|endoftext|>", "'re", "'ll"]
     letters = "".join(c for c in set("".join(pool)) if unicodedata.category(c).startswith("L"))
     numbers = "".join(c for c in set("".join(pool)) if unicodedata.category(c).startswith("N"))
-    pattern = re.compile(rf"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[{letters}]+|[{numbers}]|[^\s{letters}{numbers}]+")
+    pattern = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
+                         rf"[{letters}]+|[{numbers}]|[^\s{letters}{numbers}]+")
     draw = random.Random(0)
     for _ in range(3000):
         text = "".join(draw.choice(pool) for _ in range(draw.randint(0, 24)))
@@ -71,7 +73,7 @@ def test_cleaning_undoes_html_twice_and_lowers_case():
     assert clean("  A&amp;amp;B\t&lt;C&gt;\n ") == "a&b <c>"
 
 
-# -- byte pairs -------------------------------------------------------------------------------------------------------
+# -- byte pairs ----------------------------------------------------------------------------------------------
 
 
 def test_byte_symbols_are_256_distinct_characters_in_the_published_order():
@@ -154,7 +156,7 @@ def test_golden_ids_of_the_published_vocabulary(text):
     assert BytePairs(read_merges(path)).encode(text) == GOLDEN[text]
 
 
-# -- word tables ------------------------------------------------------------------------------------------------------
+# -- word tables ---------------------------------------------------------------------------------------------
 
 
 def test_word_ids_start_at_one_and_end_is_the_largest():

@@ -112,7 +112,8 @@ def watch(scene, rows):
         way = ("left", "right")[dx > 0] if abs(dx) > abs(dy) else ("up", "down")[dy > 0]
         way = way if max(abs(dx), abs(dy)) > 0.1 else None
         out.append({"shape": SHAPES[scene["shape"][first, slot]], "way": way, "slot": slot,
-                    "colour": list(COLOURS)[scene["colour"][first, slot]], "size": SIZES[scene["size"][first, slot]],
+                    "colour": list(COLOURS)[scene["colour"][first, slot]],
+                    "size": SIZES[scene["size"][first, slot]],
                     "action": "moving" if way else "rotating" if turned else "static",
                     "frames": [row for _, row in frames], "clips": {t // 4 for t, _ in frames}})
     return out

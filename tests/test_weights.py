@@ -32,13 +32,15 @@ def entry(shape=(2,), dtype="F32", offsets=(0, 8)):
 
 def test_the_module_wins_over_the_folder_of_the_same_name():
     module = importlib.import_module("data.weights")
-    assert Path(module.__file__).name == "weights.py" and not (Path(module.__file__).parent / "weights" / "__init__.py").exists()
+    assert Path(module.__file__).name == "weights.py"
+    assert not (Path(module.__file__).parent / "weights" / "__init__.py").exists()
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_every_type_survives_the_round_trip(dtype, tmp_path):
-    tensors = {"a": torch.tensor([[0, 1, 2], [3, 4, 1]]).to(dtype), "scalar": torch.tensor(1).to(dtype),
-               "empty": torch.empty(0, 3, dtype=dtype), "odd": torch.ones(7).to(dtype), "transposed": torch.eye(3).to(dtype).T}
+    tensors = {"a": torch.tensor([[0, 1, 2], [3, 4, 1]]), "scalar": torch.tensor(1), "empty": torch.empty(0, 3),
+               "odd": torch.ones(7), "transposed": torch.tensor([[0, 1], [2, 3]]).T}
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     write_safetensors(tmp_path / "w.safetensors", tensors, {"words": "red blue", "heads": 4})
     again, metadata = read_safetensors(tmp_path / "w.safetensors")
     assert metadata == {"words": "red blue", "heads": "4"} and again.keys() == tensors.keys()
@@ -116,7 +118,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == before
 
 
-# -- checked loading --------------------------------------------------------------------------------------------------
+# -- checked loading -----------------------------------------------------------------------------------------
 
 
 def test_missing_unknown_and_misshapen_entries_are_listed_by_name():
@@ -124,7 +126,8 @@ def test_missing_unknown_and_misshapen_entries_are_listed_by_name():
     before = layer.weight.clone()
     with pytest.raises(ValueError) as error:
         load_checked(layer, {"weight": torch.zeros(3, 3), "extra": torch.zeros(1)}, "w.pt")
-    assert str(error.value) == ("w.pt does not fit: 1 missing: bias; 1 unknown: extra; 1 misshapen: weight (3, 3) instead of (2, 3)")
+    assert str(error.value) == ("w.pt does not fit: 1 missing: bias; 1 unknown: extra; "
+                                "1 misshapen: weight (3, 3) instead of (2, 3)")
     assert torch.equal(layer.weight, before)
 
 
@@ -143,7 +146,8 @@ def test_names_are_mapped_by_a_table_or_a_function():
     assert torch.equal(layer.weight, torch.ones(2, 3)) and layer.weight.dtype == torch.float32
     load_checked(nn.Linear(3, 2), {"w": torch.ones(2, 3), "b": torch.zeros(2)}, "w", {"w": "weight", "b": "bias"})
     with pytest.raises(ValueError, match="two entries become 'weight'"):
-        load_checked(nn.Linear(3, 2), {"weight": torch.ones(2, 3), "kernel": torch.ones(2, 3)}, "w", {"kernel": "weight"})
+        two = {"weight": torch.ones(2, 3), "kernel": torch.ones(2, 3)}
+        load_checked(nn.Linear(3, 2), two, "w", {"kernel": "weight"})
 
 
 def test_state_dicts_in_torchs_format_are_read_and_unwrapped(tmp_path):

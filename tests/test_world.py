@@ -12,8 +12,9 @@ from data.world import captions, pick, scenes
 
 # -- a reader of sentences, written apart from the grammar ---------------------------------------------------
 
-MEANS = {"little": "small", "tiny": "small", "big": "large", "spotted": "dotted", "disc": "circle", "gray": "grey",
-         "box": "square", "plus": "cross", "crescent": "moon", "shaded": "gradient", "fading": "gradient",
+MEANS = {"little": "small", "tiny": "small", "big": "large", "spotted": "dotted", "disc": "circle",
+         "gray": "grey", "box": "square", "plus": "cross", "crescent": "moon", "shaded": "gradient",
+         "fading": "gradient",
          "checkered": "checker", "checked": "checker", "cloudy": "noise", "noisy": "noise", "over": "above",
          "under": "below", "crosses": "cross"}
 MEANS |= {s + "s": s for s in (*SHAPES, "shape", "thing")}
@@ -129,7 +130,7 @@ def test_attributes_are_even_and_objects_keep_apart():
 
 
 def rounded(corners, r):
-    """Area of a polygon grown by r: r along its sides, r^2 turn / 2 more at tips, r^2 tan(turn / 2) less at notches."""
+    """Area of a polygon grown by r: r along sides, + r^2 turn / 2 at tips, - r^2 tan(turn / 2) at notches."""
     area, n = 0.0, len(corners)
     for i in range(n):
         (x0, y0), (x1, y1), (x2, y2) = corners[i - 1], corners[i], corners[(i + 1) % n]
@@ -155,7 +156,8 @@ PLUS = [(0.86, -0.26), (0.86, 0.26), (0.26, 0.26), (0.26, 0.86), (-0.26, 0.86), 
         (-0.86, -0.26), (-0.26, -0.26), (-0.26, -0.86), (0.26, -0.86), (0.26, -0.26)]
 AREAS = {"circle": math.pi * 0.88**2, "ring": math.pi * (0.94**2 - 0.46**2), "square": rounded(SQUARE, 0.1),
          "triangle": rounded(star_corners(3, 0.94, 0.47)[::2], 0.1),
-         "star": rounded(star_corners(5, 0.98, 0.46), 0.06), "heart": 1.62**2 * (0.5 + math.pi / 8), "cross": rounded(PLUS, 0.08),
+         "star": rounded(star_corners(5, 0.98, 0.46), 0.06), "heart": 1.62**2 * (0.5 + math.pi / 8),
+         "cross": rounded(PLUS, 0.08),
          "moon": math.pi * 0.92**2 - lens(0.92, 0.74, 0.45)}
 
 
@@ -191,9 +193,11 @@ def test_a_nearer_object_hides_what_is_behind_it():
 def oklab(rgb):
     """Bjorn Ottosson's perceptual space; distances of 0.02 are just visible."""
     a = rgb.new_tensor([[0.4122214708, 0.5363325363, 0.0514459929],
-                        [0.2119034982, 0.6806995451, 0.1073969566], [0.0883024619, 0.2817188376, 0.6299787005]])
+                        [0.2119034982, 0.6806995451, 0.1073969566],
+                        [0.0883024619, 0.2817188376, 0.6299787005]])
     b = rgb.new_tensor([[0.2104542553, 0.7936177850, -0.0040720468],
-                        [1.9779984951, -2.4285922050, 0.4505937099], [0.0259040371, 0.7827717662, -0.8086757660]])
+                        [1.9779984951, -2.4285922050, 0.4505937099],
+                        [0.0259040371, 0.7827717662, -0.8086757660]])
     return (rgb @ a.T).clamp(min=0).pow(1 / 3) @ b.T
 
 
@@ -252,7 +256,8 @@ def test_the_vocabulary_is_closed_and_used():
 @pytest.mark.parametrize("call, part", [
     (lambda: scenes([0], split="dev"), "train, valid, test, unseen"), (lambda: scenes([2**20]), "1048575"),
     (lambda: scenes([-1]), "rows of the built-in world"), (lambda: render(scenes([0]), 4), "at least 8"),
-    (lambda: views.edits([0], kinds=("paint",)), "recolour"), (lambda: views.stories([0], frames=0), "1 frame"),
+    (lambda: views.edits([0], kinds=("paint",)), "recolour"),
+    (lambda: views.stories([0], frames=0), "1 frame"),
     (lambda: views.stories([0], looks="new"), "fixed or story"),
     (lambda: quiz.clips([0], types={"why": 1}), "query colour")])
 def test_bad_input_gets_a_sentence(call, part):
