@@ -1,8 +1,8 @@
 """Charts of a run: curves, scatter plots, histograms, bars. Pillow only.
 
-They are laid out in points, drawn FINE / SHARP times larger and reduced, so thin lines are smooth; letters are set
-afterwards at the final size. Every label is measured with the font before anything is placed: the plot keeps its
-size and the picture grows around it, so no label is ever clipped and no two overlap.
+They are laid out in points, drawn FINE / SHARP times larger and reduced, so thin lines are smooth; letters
+are set afterwards at the final size. Every label is measured with the font before anything is placed: the
+plot keeps its size and the picture grows around it, so no label is ever clipped and no two overlap.
 """
 import functools
 import math
@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8A6D3B")   # Okabe and Ito
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000",      # Okabe and Ito
+           "#8A6D3B")
 INK, GREY, PALE, PAPER = "#222222", "#6F6F6F", "#E4E4E4", "#FFFFFF"
 FINE, SHARP = 4, 2              # pixels per point while drawing, and in the file
 PLOT = 300                      # width of the space between a panel's axes, in points
@@ -33,7 +34,9 @@ def wrap(text, width, size):
                 continue
             lines += [line] * bool(line)
             while len(word) > 1 and font(size).getlength(word) > width:
-                cut = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font(size).getlength(word[:n]) <= width)
+                cut = len(word) - 1
+                while cut > 1 and font(size).getlength(word[:cut]) > width:
+                    cut -= 1
                 lines.append(word[:cut])
                 word = word[cut:]
             line = word
@@ -46,7 +49,7 @@ def save(image, path):
     image.save(path)
 
 
-# ---- charts ----------------------------------------------------------------------------------------------------------
+# ---- charts ------------------------------------------------------------------------------------------------
 
 class Canvas:
     """A white sheet measured in points: shapes are drawn fine and reduced, text is set last."""
@@ -64,14 +67,13 @@ class Canvas:
             (x0, y0), (x1, y1) = points[0], points[-1]
             strokes = max(1, int(math.hypot(x1 - x0, y1 - y0) / (2 * dash * FINE)))
             for i in range(strokes):
-                a, b = i / strokes, (i + 0.5) / strokes
-                self.draw.line([(x0 + a * (x1 - x0), y0 + a * (y1 - y0)), (x0 + b * (x1 - x0), y0 + b * (y1 - y0))],
-                               colour, pen)
+                ends = [(x0 + a * (x1 - x0), y0 + a * (y1 - y0)) for a in (i / strokes, (i + 0.5) / strokes)]
+                self.draw.line(ends, colour, pen)
         elif len(points) > 1:
             self.draw.line(points, colour, pen, joint="curve")
 
     def dot(self, x, y, colour, radius=2.0):
-        self.draw.ellipse([((x - radius) * FINE, (y - radius) * FINE), ((x + radius) * FINE, (y + radius) * FINE)], colour)
+        self.draw.ellipse([side * FINE for side in (x - radius, y - radius, x + radius, y + radius)], colour)
 
     def box(self, x0, y0, x1, y1, colour):
         self.draw.rectangle([x0 * FINE, y0 * FINE, x1 * FINE, y1 * FINE], colour)
@@ -97,7 +99,8 @@ def ticks(low, high, count=5):
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
 
 
 def tick_labels(values):
@@ -116,7 +119,7 @@ def number(value):
 
 
 def spread_out(wanted, gap, low, high):
-    """Heights for labels: as near to `wanted` as possible, in the same order, at least `gap` apart (least squares).
+    """Heights for labels: nearest to `wanted` (least squares) in the same order and at least `gap` apart.
 
     Subtracting i * gap turns "at least gap apart" into "not decreasing": pool neighbours that violate it.
     """
@@ -135,7 +138,7 @@ def spread_out(wanted, gap, low, high):
 
 
 def finite(xs, ys):
-    return [(float(x), float(y)) for x, y in zip(xs, ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    return [(float(x), float(y)) for x, y in zip(xs, ys, strict=True) if math.isfinite(x + y)]
 
 
 def smooth(points):
@@ -149,10 +152,11 @@ def smooth(points):
 
 
 def curves(path, panels, xlabel="step", marks="line"):
-    """Panels side by side, each (title, {label: (xs, ys)}, {level label: y}); labels stand at the lines' ends.
+    """Panels side by side, each (title, {label: (xs, ys)}, {level label: y}); labels at the ends of lines.
 
-    Values that are not finite are left out. A line of more than 80 points is drawn pale, with its running mean on top.
-    marks   "line", "dots" (a scatter plot) or "steps" (an outline); the latter two are labelled without a value
+    Values that are not finite are left out. A line of more than 80 points is drawn pale, with its running
+    mean on top.
+    marks   "line", "dots" (a scatter plot) or "steps" (an outline); the last two are labelled without a value
     """
     plots = [layout(*panel, marks) for panel in panels]
     height = max(plot["height"] for plot in plots)
@@ -166,7 +170,7 @@ def curves(path, panels, xlabel="step", marks="line"):
 
 
 def layout(title, lines, levels, marks):
-    """Everything about a panel that must be known before the canvas has a size: ranges, ticks, labels and their room."""
+    """What must be known of a panel before the canvas has a size: ranges, ticks, labels and their room."""
     lines = {label: finite(*line) for label, line in lines.items()}
     lines = {label: points for label, points in lines.items() if points}
     means = {label: smooth(points) for label, points in lines.items() if marks == "line" and len(points) > 80}
@@ -186,9 +190,9 @@ def layout(title, lines, levels, marks):
               for label, points in lines.items()]
     left = max(measure(label, 8) for label in tick_labels(ticks(*y))) + 26
     right = max(map(measure, names), default=0) + 26
-    return {"title": wrap(title, (PLOT + right) * SHARP, 11 * SHARP), "lines": lines, "means": means, "levels": levels,
-            "marks": marks, "x": x, "y": y, "x_ticks": x_ticks, "y_ticks": ticks(*y), "names": names, "left": left,
-            "width": left + PLOT + right, "height": max(190, 13 * len(names))}
+    return {"title": wrap(title, (PLOT + right) * SHARP, 11 * SHARP), "lines": lines, "means": means,
+            "levels": levels, "marks": marks, "x": x, "y": y, "x_ticks": x_ticks, "y_ticks": ticks(*y),
+            "names": names, "left": left, "width": left + PLOT + right, "height": max(190, 13 * len(names))}
 
 
 def draw_panel(canvas, plot, left, top, height, xlabel):
@@ -197,7 +201,8 @@ def draw_panel(canvas, plot, left, top, height, xlabel):
     (low_x, high_x), (low_y, high_y) = plot["x"], plot["y"]
 
     def place(x, y):
-        return x0 + (x1 - x0) * (x - low_x) / (high_x - low_x), y0 + (y1 - y0) * (y - low_y) / (high_y - low_y)
+        right, up = (x - low_x) / (high_x - low_x), (y - low_y) / (high_y - low_y)
+        return x0 + (x1 - x0) * right, y0 + (y1 - y0) * up
 
     for i, line in enumerate(plot["title"]):
         canvas.text(x0, 14 + 14 * i, line, 11, anchor="lm")
@@ -244,7 +249,8 @@ def draw_line(canvas, points, mean, colour, marks, right):
 
 
 def tint(colour, white=0.72):
-    return "#" + "".join(f"{round(int(colour[i : i + 2], 16) * (1 - white) + 255 * white):02x}" for i in (1, 3, 5))
+    parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(part * (1 - white) + 255 * white):02x}" for part in parts)
 
 
 def bars(path, values, title, level=None, errors=None, level_label="chance"):
@@ -258,11 +264,11 @@ def bars(path, values, title, level=None, errors=None, level_label="chance"):
     ends = [v + s * spreads[label] for label, v in values.items() for s in (-1, 1)] + [0.0, level or 0.0]
     low, high = min(ends), max(ends)
     high = high if high > low else low + 1
-    texts = {label: number(float(f"{v:.4g}")) + (f" ± {number(float(f'{spreads[label]:.2g}'))}" if spreads[label] else "")
-             for label, v in values.items()}
+    texts = {label: number(float(f"{v:.4g}")) for label, v in values.items()}
+    texts |= {label: f"{texts[label]} ± {number(float(f'{s:.2g}'))}" for label, s in spreads.items() if s}
     names = {label: wrap(label, 200 * SHARP, 9 * SHARP) for label in values}
     tall = {label: max(20, 11 * len(lines) + 7) for label, lines in names.items()}
-    room = max([0, *(measure(texts[label]) + 8 for label, v in values.items() if v < 0)])     # left of negative bars
+    room = max([0, *(measure(texts[label]) + 8 for label, v in values.items() if v < 0)])   # their numbers
     left = max(measure(line) for lines in names.values() for line in lines) + 20
     start, right = left + room + 8, max(measure(text) for text in texts.values()) + 24
     heading = wrap(title, (start + 280 + right - 24) * SHARP, 11 * SHARP)
@@ -279,7 +285,8 @@ def bars(path, values, title, level=None, errors=None, level_label="chance"):
         canvas.box(min(zero, tip), middle - 6, max(zero, tip), middle + 6, PALETTE[0])
         if spreads[label]:
             canvas.line([(near, middle), (far, middle)], INK, 0.8)
-        canvas.text(far + 6 if value >= 0 else near - 6, middle, texts[label], 9, GREY, "lm" if value >= 0 else "rm")
+        x, anchor = (far + 6, "lm") if value >= 0 else (near - 6, "rm")
+        canvas.text(x, middle, texts[label], 9, GREY, anchor)
         top += tall[label]
     if level is not None:
         x, text = start + 280 * (level - low) / (high - low), f"{level_label} {number(float(f'{level:.3g}'))}"
@@ -290,7 +297,7 @@ def bars(path, values, title, level=None, errors=None, level_label="chance"):
 
 
 def histogram(path, panels, bins=24, xlabel="value"):
-    """Outlines of histograms, panels (title, {label: values}); the share of values per bin, bins common to a panel."""
+    """Outlines of histograms, panels (title, {label: values}): the share of values in each of common bins."""
     plots = []
     for title, groups in panels:
         groups = {label: torch.as_tensor(x).detach().double().cpu().flatten() for label, x in groups.items()}

@@ -22,8 +22,8 @@ VIDEO_FILES = {".mp4", ".avi", ".webm", ".mkv", ".mov"}
 class Frames:
     """Videos by name; each is a sequence of RGB Pillow images."""
 
-    def __init__(self, where, openers):
-        self.where, self.openers = where, openers
+    def __init__(self, where, openers, rows=None):
+        self.where, self.openers, self.rows = where, openers, rows or clip_rows
 
     @property
     def names(self):
@@ -38,7 +38,7 @@ class Frames:
     def clips(self, name, clips=8, frames=16, size=224):
         """(S, F, 3, size, size) float32 in [-1, 1]: `frames` pictures around each of `clips` centres, squeezed to squares."""
         video = self[name]
-        rows = clip_rows(len(video), clips, frames)
+        rows = self.rows(len(video), clips, frames)
         kept = {int(n): squeeze(video[int(n)], size) for n in np.unique(rows)}
         return to_tensor([kept[int(n)] for n in rows.ravel()]).view(clips, frames, 3, size, size)
 
@@ -51,6 +51,11 @@ def clip_rows(total, clips, frames):
     """
     centres = np.linspace(0, total, clips + 2, dtype=int)[1:-1]
     return np.clip(centres[:, None] - frames // 2 + np.arange(frames), 0, total - 1)
+
+
+def blocks(total, clips, frames):
+    """The built-in world's own clips, one after the other, where that is what is asked for."""
+    return np.arange(total).reshape(clips, frames) if total == clips * frames else clip_rows(total, clips, frames)
 
 
 def squeeze(image, size):
@@ -67,7 +72,8 @@ def open_frames(root, split="train", seed=0):
     raises  FileNotFoundError or ValueError, when opened or when the damaged video is asked for
     """
     if root == "builtin":
-        return Frames("the built-in world", {str(n): lambda n=n: film(n, split, seed) for n in range(FILMS[split])})
+        films = {str(n): lambda n=n: film(n, split, seed) for n in range(FILMS[split])}
+        return Frames("the built-in world", films, blocks)
     root = Path(root)
     if root.is_file():
         kinds = {".zip": from_zip, ".gif": lambda file: {file.stem: lambda: gif(file)}, ".npz": from_npz}

@@ -4,7 +4,8 @@
     data = load("tiktok", root="folder", modalities=("image", "audio"))
     users, positives, negatives = data.sampler(device).batch(seed, t, size=2048)
 
-Everything is checked here, once, at the door: after `load` ids are in range, pairs are unique, features are finite.
+Everything is checked here, once, at the door: after `load` ids are in range, pairs are unique, features are
+finite.
 """
 import hashlib
 from collections.abc import Callable
@@ -24,20 +25,20 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass
 class Interactions:
-    """One data set. Pairs are (user, item), int64 on the CPU, sorted by user, then item; each pair occurs once."""
+    """One data set. Pairs are (user, item), int64 on the CPU, sorted by user, then item; each occurs once."""
     users: int                                       # U
     items: int                                       # I
-    train: torch.Tensor                              # (E, 2): graphs and negatives come from these edges alone
+    train: torch.Tensor                             # (E, 2): graphs and negatives come from these edges alone
     valid: torch.Tensor                              # (E', 2)
     test: torch.Tensor                               # (E'', 2)
     features: dict = field(default_factory=dict)     # modality -> (I, d_m) float32, row = item id
     titles: list | None = None                       # I sentences, where the items have words
-    pictures: Callable | None = None                 # item ids -> (n, 3, H, W) in [-1, 1], where they have pictures
+    pictures: Callable | None = None           # item ids -> (n, 3, H, W) in [-1, 1], where they have pictures
     noise: torch.Tensor | None = None                # (E,) bool: planted accidental clicks among `train`
     truth: dict = field(default_factory=dict)        # built-in data only: the planted tastes and attributes
     source: str = ""                                 # which file or generator
     dropped: dict = field(default_factory=dict)      # split -> rows of users who have no training row
-    repaired: dict = field(default_factory=dict)     # what `repair` changed: "pairs" or a modality -> how many
+    repaired: dict = field(default_factory=dict)    # what `repair` changed: "pairs" or a modality -> how many
 
     @cached_property
     def fingerprint(self):
@@ -54,35 +55,37 @@ class Interactions:
     def __str__(self):
         sizes = " / ".join(f"{len(getattr(self, s)):,}" for s in SPLITS)
         widths = ", ".join(f"{name} {x.shape[1]}" for name, x in self.features.items()) or "no features"
-        return f"{self.source}: {self.users:,} users, {self.items:,} items, {sizes} train / valid / test, {widths}"
+        return (f"{self.source}: {self.users:,} users, {self.items:,} items, {sizes} train / valid / test, "
+                f"{widths}")
 
 
 class Sampler:
     """Uniform negatives for (user, positive) pairs, on the device, without a loop and without waiting for it.
 
-    MMRec draws an item that occurs in train and draws again while the user has it. The same distribution comes from
-    one draw: number the P items of the pool, let p_0 < p_1 < ... be the user's own; then q_j = p_j - j free items lie
-    below p_j, so the r-th free item is r + #{j: q_j <= r}, one binary search in the sorted keys u (P + 1) + q.
+    MMRec draws an item that occurs in train and draws again while the user has it. The same distribution
+    comes from one draw: number the P items of the pool, let p_0 < p_1 < ... be the user's own; then q_j = p_j
+    - j free items lie below p_j, so the r-th free item is r + #{j: q_j <= r}, one binary search in the sorted
+    keys u (P + 1) + q.
     """
 
     def __init__(self, data, device="cpu"):
         user, item = data.train.T.contiguous()
         self.pool = torch.unique(item)                               # (P,) items that occur in train
         size = len(self.pool)
-        own = torch.searchsorted(self.pool, item)                    # (E,) places in the pool, sorted for each user
+        own = torch.searchsorted(self.pool, item)              # (E,) places in the pool, sorted for each user
         count = torch.bincount(user, minlength=data.users)           # (U,)
         start = count.cumsum(0) - count
         full = torch.nonzero(count == size).flatten()
         if len(full):
-            raise ValueError(f"user {full[0]} of {data.source or 'these data'} has every one of the {size:,} items that "
-                             "occur in training, so no negative can be drawn: leave this user out")
+            raise ValueError(f"user {full[0]} of {data.source or 'these data'} has every one of the {size:,} "
+                             "items that occur in training, so no negative can be drawn: leave this user out")
         keys = user * (size + 1) + own - (torch.arange(len(user)) - start[user])
         self.train, self.size = data.train, size
         self.free = (size - count).to(device)                        # (U,) items a user does not have
         self.keys, self.start, self.pool = keys.to(device), start.to(device), self.pool.to(device)
 
     def negatives(self, users, generator):
-        """One item of the pool for each of users (B,), uniform among those the user has not in train.   -> (B,)
+        """One item of the pool for each of users (B,), uniform among those not in the user's train.   -> (B,)
 
         The B numbers come from the CPU generator, so every device sees the same batch.
         """
@@ -92,24 +95,24 @@ class Sampler:
         return self.pool[r + below]
 
     def batch(self, seed, t, size):
-        """Global batch t: users, positives, negatives, each (size,) on the device; a pure function of (seed, t)."""
+        """Global batch t: users, positives, negatives, (size,) on the device; depends on (seed, t) alone."""
         rows = batch_rows(len(self.train), size, seed, t)
         users, positives = self.train[rows].T.contiguous().to(self.pool.device)
         return users, positives, self.negatives(users, generator(seed, t, 1))
 
 
-# ---- reading what people download --------------------------------------------------------------------------------
+# ---- reading what people download --------------------------------------------------------------------------
 
 def load(name="builtin", root="", seed=0, modalities=None, repair=False):
-    """The built-in shop, or a data set in a folder (data/README: layouts of MMRec, BeFA, MMSSL, DiffMM, .npz packs).
+    """The built-in shop, or a data set in a folder as MMRec, BeFA, MMSSL, DiffMM or an .npz pack have it.
 
     name        "builtin", or what the files are called: NAME.inter, NAME.npz, else the layout's fixed names
     root        the folder; features are its *_feat.npy, and the prefix is the modality's name
     seed        of the built-in shop, and of the split where a table has no x_label column
     modalities  which ones and in which order; None: all of them, in alphabetical order
-    repair      False: a pair given twice or a feature row that is zero or not finite is an error with its place.
-                True: keep a pair's first occurrence (train before valid before test), and give bad rows the mean of
-                the good ones, as MMRec does for items without a picture; `repaired` counts both
+    repair      False: a pair given twice, or a feature row that is zero or not finite, is an error.
+                True: keep a pair's first occurrence (train before valid before test), and give bad rows the
+                mean of the good ones, as MMRec does for items without a picture; `repaired` counts both
     raises      FileNotFoundError, ValueError: one sentence each
     """
     if name == "builtin":
@@ -125,13 +128,14 @@ def load(name="builtin", root="", seed=0, modalities=None, repair=False):
     repaired, dropped = {}, {}
     splits = unique_pairs(splits, items, path, repair, repaired)
     known = np.unique(splits["train"][:, 0])
-    for s in ("valid", "test"):                     # MMRec's filter_out_cod_start_users: nothing was learnt about them
+    for s in ("valid", "test"):            # MMRec's filter_out_cod_start_users: nothing was learnt about them
         keep = np.isin(splits[s][:, 0], known)
         splits[s], dropped[s] = splits[s][keep], int((~keep).sum())
     for s, pairs in splits.items():
         if not len(pairs):
-            extra = f" (after {dropped[s]} rows of users without a training row were dropped)" if dropped.get(s) else ""
-            raise ValueError(f"{path}: the {s} split is empty{extra}; training needs rows in train, valid and test")
+            lost = dropped.get(s)
+            after = f" after dropping {lost} rows of users without a training row" if lost else ""
+            raise ValueError(f"{path}: the {s} split is empty{after}; train, valid and test all need rows")
     features = read_features(path, items, modalities, repair, repaired)
     tensors = {s: torch.from_numpy(pairs) for s, pairs in splits.items()}
     return Interactions(users, items, **tensors, features=features, source=str(path.name), dropped=dropped,
@@ -141,16 +145,16 @@ def load(name="builtin", root="", seed=0, modalities=None, repair=False):
 def find(name, root):
     """The file that holds the interactions of `name` in folder `root`."""
     if str(root) == "." or not root.is_dir():
-        raise FileNotFoundError(f"--data={name} needs --root=FOLDER with {name}.inter and its *_feat.npy files"
-                                f" ({root} is not a folder); or train on the built-in data with --data=builtin")
-    names = [name, f"{name}.inter", f"{name}.npz", "interactions.npz", "inter.csv", "inter_small.csv", "trnMat.pkl",
-             "train.json"]
+        raise FileNotFoundError(f"--data={name} needs --root=FOLDER with {name}.inter and *_feat.npy files "
+                                f"({root} is not a folder); or train on the built-in data: --data=builtin")
+    names = [name, f"{name}.inter", f"{name}.npz", "interactions.npz", "inter.csv", "inter_small.csv",
+             "trnMat.pkl", "train.json"]
     for folder in (root, root / name):
         for candidate in names:
             if (folder / candidate).is_file():
                 return folder / candidate
-    raise FileNotFoundError(f"{root} holds none of {', '.join(dict.fromkeys(names))}: point --root at the folder with "
-                            f"the interactions of {name}, or use --data=builtin")
+    raise FileNotFoundError(f"{root} holds none of {', '.join(dict.fromkeys(names))}: point --root at "
+                            f"the folder with the interactions of {name}, or use --data=builtin")
 
 
 def read(path, seed):
@@ -158,14 +162,15 @@ def read(path, seed):
     folder = path.parent
     if path.suffix == ".npz":
         pack = read_arrays(path)
-        missing = [k for k in ("train", "test") if k not in pack] + ["valid"] * (not {"val", "valid"} & set(pack))
-        if missing:
-            raise ValueError(f"{path} has no array {missing[0]!r}; it has {', '.join(sorted(pack))}")
+        pack = {"valid" if k == "val" else k: x for k, x in pack.items()}
+        for s in SPLITS:
+            if s not in pack:
+                raise ValueError(f"{path} has no array {s!r}; it has {', '.join(sorted(pack))}")
         counts = [int(pack[k]) if k in pack else None for k in ("n_users", "n_items")]
-        pairs = {"train": pack["train"], "valid": pack["valid" if "valid" in pack else "val"], "test": pack["test"]}
+        pairs = {s: pack[s] for s in SPLITS}
         for s, x in pairs.items():
             if x.ndim != 2 or x.shape[1] != 2 or x.dtype.kind not in "iu":
-                raise ValueError(f"{path}: array {s!r} must hold integer pairs (E, 2), it is {x.dtype} {x.shape}")
+                raise ValueError(f"{path}: {s!r} must hold integer pairs (E, 2), it is {x.dtype} {x.shape}")
         return pairs, *counts
     if path.name == "trnMat.pkl":                                   # DiffMM
         mats = [sparse_pairs(folder / f"{s}Mat.pkl") for s in ("trn", "val", "tst")]
@@ -173,36 +178,40 @@ def read(path, seed):
         if len(shapes) > 1:
             raise ValueError(f"{folder}: trnMat, valMat and tstMat differ in shape: {sorted(shapes)}")
         return dict(zip(SPLITS, (pairs for pairs, _ in mats), strict=True)), *shapes.pop()
-    if path.name == "train.json":                                   # MMSSL; train_mat, if there, states the counts
-        pairs = {s: json_pairs(folder / f) for s, f in zip(SPLITS, ("train.json", "val.json", "test.json"), strict=True)}
+    if path.name == "train.json":                              # MMSSL; train_mat, if there, states the counts
+        pairs = {s: json_pairs(folder / f"{s.removesuffix('id')}.json") for s in SPLITS}    # val.json
         stated = sparse_pairs(folder / "train_mat")[1] if (folder / "train_mat").is_file() else (None, None)
         return pairs, *stated
     return table_pairs(path, seed), None, None
 
 
 def table_pairs(path, seed):
-    """MMRec's .inter or BeFA's .csv: tab or comma, a header, x_label 0 train, 1 valid, 2 test; other columns ignored."""
+    """MMRec's .inter or BeFA's .csv: a header, tabs or commas, x_label 0 train, 1 valid, 2 test.
+
+    Other columns are ignored. Without x_label the rows are split by MMRec's rule and `seed`.
+    """
     lines = read_text(path).splitlines()
     header = lines[0] if lines else ""
     comma = "\t" if "\t" in header else ","
-    names = [name.split(":")[0].strip() for name in header.split(comma)]           # RecBole writes user_id:token
-    user, item = ([n for n in names if n in known] for known in (("userID", "user_id"), ("itemID", "item_id")))
-    if not user or not item:
-        raise ValueError(f"{path}: the header must name userID and itemID (or user_id, item_id), it is {header[:60]!r}")
-    columns = [names.index(n) for n in (user[0], item[0], "x_label") if n in names]
+    names = [name.split(":")[0].strip() for name in header.split(comma)]        # RecBole writes user_id:token
+    columns = [names.index(n) for n in ("userID", "user_id", "itemID", "item_id", "x_label") if n in names]
+    if len(columns) != 2 + ("x_label" in names):
+        raise ValueError(f"{path}: the header must name userID and itemID (or user_id, item_id), it is "
+                         f"{header[:60]!r}")
     if len(lines) < 2:
         raise ValueError(f"{path} has a header and no rows")
     try:
         table = np.loadtxt(lines[1:], dtype=np.int64, delimiter=comma, usecols=columns, ndmin=2)
-    except ValueError as error:                     # numpy names row and column: "could not convert ... at row 3"
-        raise ValueError(f"{path}, after the header: {error}; every line needs whole numbers, is the file cut?") from error
+    except ValueError as error:                 # numpy names row and column: "could not convert ... at row 3"
+        raise ValueError(f"{path}, after the header: {error}; every line needs whole numbers; "
+                         "is the file cut?") from error
     if len(columns) == 2:
         label = split_rule(table[:, 0], seed)
     else:
         label = table[:, 2]
         if not np.isin(label, (0, 1, 2)).all():
             row = int(np.argmin(np.isin(label, (0, 1, 2))))
-            raise ValueError(f"{path}, line {row + 2}: x_label is {label[row]}, it must be 0 train, 1 valid or 2 test")
+            raise ValueError(f"{path}, line {row + 2}: x_label is {label[row]}, not 0 train, 1 valid, 2 test")
     return {s: table[label == k, :2] for k, s in enumerate(SPLITS)}
 
 
@@ -211,10 +220,10 @@ def json_pairs(path):
     table = read_json(path, dict, "the MMSSL layout is train.json, val.json and test.json")
     try:
         pairs = [(int(u), i) for u, row in table.items() for i in row]
-        if not all(type(i) is int for _, i in pairs):
-            raise ValueError(f"item {next(i for _, i in pairs if type(i) is not int)!r} is not a whole number")
+        if odd := [i for _, i in pairs if type(i) is not int]:
+            raise ValueError(f"item {odd[0]!r} is not a whole number")
     except (ValueError, TypeError) as error:
-        raise ValueError(f'{path} must hold {{"user": [item, ...], ...}} in whole numbers: {error}') from error
+        raise ValueError(f'{path} must hold {{"user": [item, ...]}} in whole numbers: {error}') from error
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
@@ -224,8 +233,10 @@ def sparse_pairs(path):
     if not isinstance(m, dict) or m.get("format") not in ("coo", "csr"):
         raise ValueError(f"{path} holds {type(m).__name__}, expected one scipy.sparse coo or csr matrix")
     try:
-        row = m["row"] if m["format"] == "coo" else np.repeat(np.arange(len(m["indptr"]) - 1), np.diff(m["indptr"]))
-        col = m["col"] if m["format"] == "coo" else m["indices"]
+        if m["format"] == "coo":
+            row, col = m["row"], m["col"]
+        else:
+            row, col = np.repeat(np.arange(len(m["indptr"]) - 1), np.diff(m["indptr"])), m["indices"]
         users, items = m["shape"]
         return np.stack([row, col], 1)[m["data"] != 0], (int(users), int(items))
     except (KeyError, ValueError, TypeError, IndexError) as error:
@@ -239,7 +250,8 @@ def read_features(path, items, modalities, repair, repaired):
     for name in chosen(there, modalities, path.parent):
         file, x = there[name], read_arrays(there[name])
         if x.ndim != 2 or x.dtype.kind not in "fiu" or len(x) != items:
-            raise ValueError(f"{file} is {x.dtype} {x.shape}; it must hold numbers ({items}, d), one row per item of {path.name}")
+            raise ValueError(f"{file} is {x.dtype} {x.shape}; it must hold numbers ({items}, d), one row "
+                             f"per item of {path.name}")
         x = x.astype(np.float32)                    # TikTok ships float16, whose sums overflow
         bad = ~np.isfinite(x).all(1) | ~x.any(1)
         if bad.any() and not repair:
@@ -271,11 +283,12 @@ def check_ids(splits, users, items, path):
             bad = (ids < 0) | (ids >= (limit or 2**31))
             if bad.any():
                 row = int(bad.argmax())
-                raise ValueError(f"{path}, {s} row {row}: {what} id {ids[row]} is outside 0 .. {(limit or 2**31) - 1}")
+                raise ValueError(f"{path}, {s} row {row}: {what} id {ids[row]} is outside 0 .. "
+                                 f"{(limit or 2**31) - 1}")
 
 
 def unique_pairs(splits, items, path, repair, repaired):
-    """Each split sorted by user, then item. A pair that occurs twice, within or across splits, is an error or dropped."""
+    """Each split, sorted by user, then item. A pair that occurs twice, in one split or two, is an error."""
     keys = np.concatenate([pairs[:, 0] * items + pairs[:, 1] for pairs in splits.values()])
     split = np.repeat(np.arange(3), [len(pairs) for pairs in splits.values()])
     order = np.lexsort((split, keys))               # first occurrence first: train before valid before test
@@ -285,8 +298,8 @@ def unique_pairs(splits, items, path, repair, repaired):
         at = int(again.argmax())
         user, item = divmod(int(keys[at]), items)
         raise ValueError(f"{path}: user {user} and item {item} occur twice ({SPLITS[split[at - 1]]} and "
-                         f"{SPLITS[split[at]]}; {again.sum()} repeats in all); remove them, or pass repair=True to keep "
-                         "the first")
+                         f"{SPLITS[split[at]]}; {again.sum()} repeats in all); remove them, or pass "
+                         "repair=True to keep the first")
     if again.any():
         repaired["pairs"] = int(again.sum())
     return {s: np.stack(np.divmod(keys[~again & (split == k)], items), 1) for k, s in enumerate(SPLITS)}

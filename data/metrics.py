@@ -1,7 +1,8 @@
 """What is measured, and how exactly: rankings, distances between sets of pictures, retrieval, edits, answers.
 
-Functions take plain tensors and return plain numbers. The chance level or the baseline of a score stands beside it,
-and a distance between pictures carries the name of its features and both sample counts, without which it means nothing.
+Functions take plain tensors and return plain numbers. The chance level or the baseline of a score stands
+beside it, and a distance between pictures carries the name of its features and both sample counts, without
+which it means nothing.
 """
 from typing import NamedTuple
 
@@ -11,31 +12,32 @@ from torch.nn import functional as F
 KS = (5, 10, 20, 50)
 
 
-# -- recommendation (all-ranking protocol of MMRec) ------------------------------------------------------------------
+# -- recommendation (all-ranking protocol of MMRec) ----------------------------------------------------------
 
 
 def ranking(ranks, users, ks=KS):
-    """Recall, NDCG, Precision and MAP at each K, averaged over the users that have a target (MMRec's definitions).
+    """Recall, NDCG, Precision and MAP at each K as MMRec defines them, averaged over users with a target.
 
-    ranks    (T,) int, place of target t in its user's full list with the training items taken out, 0 = first. Other
-             targets stay in the list, so two targets of one user never share a rank
+    ranks    (T,) int, place of target t in its user's list of all items but those of training, 0 = first.
+             Other targets stay in the list, so two targets of one user never share a rank
     users    (T,) int, whose target it is, in any order
     returns  {"Recall@20": float, ...}, not rounded (MMRec rounds to 4 digits before it compares epochs)
     raises   ValueError if there is no target, a rank is negative, or two targets of a user share one
 
-    With n targets and hits h_r at places r = 1, 2, ...:    Recall = sum_{r<=K} h_r / n    Precision = sum_{r<=K} h_r / K
-    NDCG = sum_{r<=K} h_r / log2(r+1) / sum_{r<=min(K,n)} 1 / log2(r+1)    MAP = sum_{r<=K} h_r Precision@r / min(K,n)
+    With n targets and hits h_r in {0, 1} at places r = 1, 2, ...; sums run over r <= K unless they say more:
+        Recall = sum h_r / n        NDCG = sum h_r / log2(r + 1)  /  sum_{r <= min(K, n)} 1 / log2(r + 1)
+        Precision = sum h_r / K     MAP = sum h_r Precision@r / min(K, n)
     """
     if ranks.shape != users.shape or ranks.dim() != 1:
-        raise ValueError(f"ranks {tuple(ranks.shape)} and users {tuple(users.shape)} must both be (T,), one row a target")
+        raise ValueError(f"ranks {tuple(ranks.shape)} and users {tuple(users.shape)} must both be (T,)")
     if not len(ranks):
         raise ValueError("there is no target to rank: the split is empty")
     keys, order = (users.long() * (int(ranks.max()) + 1) + ranks.long()).sort()
     if ranks.min() < 0 or (keys[1:] == keys[:-1]).any():
-        raise ValueError("ranks must count from 0, and two targets of one user cannot share a rank: count all rivals")
+        raise ValueError("ranks count from 0, and two targets of one user cannot share a rank: count rivals")
     ranks = ranks.long()[order]
-    _, row, n = torch.unique_consecutive(users[order], return_inverse=True, return_counts=True)   # (T,), (rows,)
-    nth = torch.arange(len(row), device=row.device) - (n.cumsum(0) - n)[row] + 1                  # hits so far, 1, 2, ...
+    row, n = torch.unique_consecutive(users[order], return_inverse=True, return_counts=True)[1:]   # (T,), (n)
+    nth = torch.arange(len(row), device=row.device) - (n.cumsum(0) - n)[row] + 1      # hits so far, 1, 2, ...
     gain = 1 / torch.log2(ranks.double() + 2)
     scores = {}
     for k in ks:
@@ -55,11 +57,12 @@ def ideal(hits):
 def ranking_chance(users, items, seen, ks=KS):
     """What `ranking` gives on average when every list is shuffled, in closed form.
 
-    users (T,) owner of each target; items I; seen (U,) how many training items are taken out of each user's list.
-    With M = I - seen places:   P(h_r = 1) = n / M   and   E[hits before r | h_r = 1] = (r - 1) (n - 1) / (M - 1).
+    users (T,) owner of each target; items I; seen (U,) how many training items are taken out of each user's
+    list.
+    With M = I - seen places:  P(h_r = 1) = n / M,  E[hits before r | h_r = 1] = (r - 1) (n - 1) / (M - 1).
     """
     owner, n = torch.unique(users, return_counts=True)
-    places = (items - seen.to(owner.device)[owner]).double()[:, None]                             # (rows, 1): M
+    places = (items - seen.to(owner.device)[owner]).double()[:, None]                           # (rows, 1): M
     scores = {}
     for k in ks:
         r = torch.arange(1, k + 1, device=owner.device, dtype=torch.float64)                      # (K,)
@@ -72,7 +75,7 @@ def ranking_chance(users, items, seen, ks=KS):
     return scores
 
 
-# -- distances between sets of pictures --------------------------------------------------------------------------------
+# -- distances between sets of pictures ----------------------------------------------------------------------
 
 
 class Distance(NamedTuple):
@@ -86,21 +89,24 @@ class Distance(NamedTuple):
         return self.value
 
     def __str__(self):
-        return f"{self.kind} {self.value:.4g} ({self.features} features, {self.counts[0]:,} against {self.counts[1]:,})"
+        ours, theirs = self.counts
+        return f"{self.kind} {self.value:.4g} ({self.features} features, {ours:,} against {theirs:,})"
 
 
 def two_sets(a, b):
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"need two sets of features (N >= 2, C) of one width, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError("need two sets of features (N >= 2, C) of one width, got "
+                         f"{tuple(a.shape)} and {tuple(b.shape)}")
     if not (a.isfinite().all() and b.isfinite().all()):
-        raise ValueError("the features of at least one picture are not finite, so no distance can be computed")
+        raise ValueError("the features of at least one picture are not finite: there is no distance")
     return a.double(), b.double()
 
 
 def frechet_distance(a, b, features):
-    """Frechet distance of two sets of features, each taken as a Gaussian (FID if the features are Inception's).
+    """Frechet distance of two sets of features, each taken as a Gaussian (FID if they are Inception's).
 
-    a (N, C), b (M, C) -> Distance. It is biased upwards for few samples: compare only at equal counts and features.
+    a (N, C), b (M, C) -> Distance. It is biased upwards for few samples: compare only at equal counts and
+    features.
     """
     x, y = two_sets(a, b)
     value = frechet_of_moments(x.mean(0), torch.cov(x.T).reshape(x.shape[1], -1), y.mean(0),
@@ -109,11 +115,12 @@ def frechet_distance(a, b, features):
 
 
 def frechet_of_moments(mean_a, cov_a, mean_b, cov_b):
-    """|mu_a - mu_b|^2 + tr(S_a) + tr(S_b) - 2 tr (S_a^1/2 S_b S_a^1/2)^1/2, means (C,), covariances (C, C) -> float
+    """|mu_a - mu_b|^2 + tr(S_a) + tr(S_b) - 2 tr (S_a^1/2 S_b S_a^1/2)^1/2.   (C,), (C, C), twice -> float
 
-    The eigenvalues under the last root are the squared singular values of S_a^1/2 S_b^1/2. Taking these instead of
-    squaring and then taking the root keeps all digits where covariances have no full rank; roots come from symmetric
-    eigen-decompositions, never from a general matrix square root with its complex remainders.
+    The eigenvalues under the last root are the squared singular values of S_a^1/2 S_b^1/2. Taking these
+    instead of squaring and then taking the root keeps all digits where covariances have no full rank; roots
+    come from symmetric eigen-decompositions, never from a general matrix square root with its complex
+    remainders.
     """
     def root(cov):
         values, vectors = torch.linalg.eigh(cov.double())
@@ -125,9 +132,10 @@ def frechet_of_moments(mean_a, cov_a, mean_b, cov_b):
 
 
 def kernel_distance(a, b, features, block=2048):
-    """Unbiased squared maximum mean discrepancy with k(x, y) = (x . y / C + 1)^3 (KID): 0 on average for equal sources.
+    """Unbiased squared maximum mean discrepancy, k(x, y) = (x . y / C + 1)^3 (KID): 0 on average if equal.
 
-    a (N, C), b (M, C) -> Distance; can be slightly negative. Unlike Frechet's it does not depend on N in expectation.
+    a (N, C), b (M, C) -> Distance; can be slightly negative. Unlike Frechet's it does not depend on N in
+    expectation.
     """
     x, y = two_sets(a, b)
 
@@ -142,22 +150,23 @@ def kernel_distance(a, b, features, block=2048):
     return Distance(value, "kernel distance", features, (len(a), len(b)))
 
 
-# -- pictures and sentences --------------------------------------------------------------------------------------------
+# -- pictures and sentences ----------------------------------------------------------------------------------
 
 
 def r_precision(images, texts, candidates=100, generator=None, groups=None):
-    """Share of pictures whose own sentence is the most similar (cosine) among `candidates`, the others drawn at random.
+    """Share of pictures whose own sentence is the most similar (cosine) among `candidates`, the rest drawn.
 
-    images, texts (N, D): row i of both belong together; groups (N,) int: rows of one group say the same, so they are
-    never drawn as a wrong answer. Ties share the point. Chance is 1 / candidates exactly.
+    images, texts (N, D): row i of both belong together; groups (N,) int: rows of one group say the same, so
+    they are never drawn as a wrong answer. Ties share the point. Chance is 1 / candidates exactly.
     """
     n = len(images)
-    allowed = ~torch.eye(n, dtype=torch.bool) if groups is None else groups.cpu()[:, None] != groups.cpu()[None]
+    groups = torch.arange(n) if groups is None else groups.cpu()
+    allowed = groups[:, None] != groups
     fewest = int(allowed.sum(1).min()) + 1 if n else 0
     if len(texts) != n or not 2 <= candidates <= fewest:
-        raise ValueError(f"{n} pictures, {len(texts)} sentences, {candidates} candidates: need as many sentences as "
-                         f"pictures, and 2 to {fewest} candidates")
-    keys = torch.rand(n, n, generator=generator).masked_fill(~allowed, 2)              # the smallest keys are drawn
+        raise ValueError(f"{n} pictures, {len(texts)} sentences, {candidates} candidates: need as many "
+                         f"sentences as pictures, and 2 to {fewest} candidates")
+    keys = torch.rand(n, n, generator=generator).masked_fill(~allowed, 2)        # the smallest keys are drawn
     others = keys.topk(candidates - 1, largest=False).indices.to(images.device)
     similarity = F.normalize(images.double(), dim=1) @ F.normalize(texts.double(), dim=1).T           # (N, N)
     own, rivals = similarity.diagonal()[:, None], similarity.gather(1, others)
@@ -172,13 +181,14 @@ def attribute_accuracy(predicted, true):
     """
     if missing := sorted(true.keys() - predicted.keys()):
         raise ValueError(f"the reader says nothing about {', '.join(missing)}")
-    scores = {name: float((predicted[name] == x)[x >= 0].double().mean()) for name, x in true.items() if (x >= 0).any()}
+    asked = {name: x >= 0 for name, x in true.items() if (x >= 0).any()}
+    scores = {a: float((predicted[a] == true[a])[rows].double().mean()) for a, rows in asked.items()}
     if not scores:
         raise ValueError("no attribute was asked for: every true value is -1")
     return scores | {"mean": sum(scores.values()) / len(scores)}
 
 
-# -- edits: what must not change ---------------------------------------------------------------------------------------
+# -- edits: what must not change -----------------------------------------------------------------------------
 
 
 def l1_outside(a, b, mask=None):
@@ -191,13 +201,14 @@ def l1_outside(a, b, mask=None):
 
 
 def ssim(a, b, mask=None, span=2.0):
-    """Structural similarity (Wang et al. 2004): 11 x 11 Gaussian windows of sigma 1.5, no padding, mean over windows.
+    """Structural similarity (Wang et al. 2004): 11 x 11 Gaussian windows of sigma 1.5, no padding,.
 
     a, b (B, C, H, W), at least 11 x 11, of values `span` apart (2 for [-1, 1]) -> (B,) in [-1, 1]
     mask (B, 1, H, W), 1 = may change: only windows that touch no changed pixel count; NaN if there is none.
     """
     if a.shape != b.shape or min(a.shape[2:]) < 11:
-        raise ValueError(f"need two batches of one shape, at least 11 x 11, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError("need two batches of one shape, at least 11 x 11, got "
+                         f"{tuple(a.shape)} and {tuple(b.shape)}")
     taps = torch.exp(-torch.arange(-5, 6, device=a.device, dtype=torch.float64) ** 2 / (2 * 1.5**2))
     window = (taps[:, None] * taps / taps.sum() ** 2).expand(a.shape[1], 1, 11, 11)
     a, b = a.double(), b.double()
@@ -205,25 +216,27 @@ def ssim(a, b, mask=None, span=2.0):
     c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
     alike = ((2 * mu_a * mu_b + c1) * (2 * (ab - mu_a * mu_b) + c2)
              / ((mu_a**2 + mu_b**2 + c1) * (aa - mu_a**2 + bb - mu_b**2 + c2))).mean(1, keepdim=True)
-    keep = torch.ones_like(alike) if mask is None else (F.max_pool2d((mask >= 0.5).double(), 11, 1) == 0).double()
+    touched = torch.zeros_like(alike) if mask is None else F.max_pool2d((mask >= 0.5).double(), 11, 1)
+    keep = 1 - touched
     return (alike * keep).sum((1, 2, 3)) / keep.sum((1, 2, 3))
 
 
-# -- answers -------------------------------------------------------------------------------------------------------------
+# -- answers -------------------------------------------------------------------------------------------------
 
 
 def accuracy_by_type(predicted, true, types, train_true, train_types):
-    """{type: (accuracy, accuracy of the type's most frequent training answer, questions)}, and "all" over everything.
+    """{type: (accuracy, accuracy of the type's most frequent training answer, questions)}, and "all" of them.
 
-    predicted, true (N,) int, types N names; train_* the training questions that the majority answers come from.
-    A type that training never asked has majority accuracy 0. Ties between answers: the lower id.
+    predicted, true (N,) int, types N names; train_* the training questions that the majority answers come
+    from. A type that training never asked has majority accuracy 0. Ties between answers: the lower id.
     """
     if not len(true):
         raise ValueError("there is no question to answer: the split is empty")
     predicted, true, train_true = predicted.cpu(), true.cpu(), train_true.cpu()
     majority = {}
     for kind in set(train_types):
-        majority[kind] = int(torch.bincount(train_true[torch.tensor([t == kind for t in train_types])]).argmax())
+        rows = torch.tensor([t == kind for t in train_types])
+        majority[kind] = int(torch.bincount(train_true[rows]).argmax())
     right = (predicted == true).double()
     guessed = (torch.tensor([majority.get(t, -1) for t in types]) == true).double()
     scores = {}
@@ -234,13 +247,13 @@ def accuracy_by_type(predicted, true, types, train_true, train_types):
 
 
 def roc_auc(scores, labels):
-    """Probability that a positive scores above a negative, ties half (area under the ROC curve). Chance is 0.5.
+    """Probability that a positive scores above a negative, ties half: area under the ROC curve. Chance 0.5.
 
     scores (N,), labels (N,) bool -> float;   raises ValueError without a positive or without a negative
     """
     labels = labels.bool()
     positive, negative = scores[labels].double(), scores[~labels].double().sort().values
     if not len(positive) or not len(negative):
-        raise ValueError(f"an ROC curve needs both kinds, there are {len(positive)} positives and {len(negative)} negatives")
+        raise ValueError(f"an ROC curve needs both kinds, not {len(positive)} against {len(negative)} rows")
     below, upto = (torch.searchsorted(negative, positive, right=right) for right in (False, True))
     return float((below + upto).double().mean()) / 2 / len(negative)

@@ -1,7 +1,7 @@
-"""Pictures that a run leaves behind: grids with captions, heat maps, film strips, GIFs, and the charts. Pillow only.
+"""Pictures that a run leaves behind: captioned grids, heat maps, film strips, GIFs, charts. Pillow only.
 
-Images are (3, H, W), (1, H, W) or (H, W) tensors in [-1, 1], or Pillow images; every function takes either. Captions
-are wrapped as the font measures them and rows grow with the longest, so no caption is ever clipped.
+Images are (3, H, W), (1, H, W) or (H, W) tensors in [-1, 1], or Pillow images; every function takes either.
+Captions are wrapped as the font measures them and rows grow with the longest, so no caption is ever clipped.
 """
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from data.charts import INK, PALE, PALETTE, PAPER, SHARP, bars, curves, font, histogram, save, wrap
 
-__all__ = ["PALETTE", "bars", "curves", "gif", "grid", "heat", "histogram", "overlay", "panels", "strip", "to_pil"]
-HEAT = ((0, 0, 4), (60, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191))  # dark to light
+__all__ = ["PALETTE", "bars", "curves", "gif", "grid", "heat", "histogram", "overlay", "panels", "strip",
+           "to_pil"]
+HEAT = ((0, 0, 4), (60, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191))   # 0 to 1
 
 
 def to_pil(image):
@@ -20,14 +21,17 @@ def to_pil(image):
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     pixels = image.detach().float().cpu()
-    pixels = pixels.expand(3, -1, -1) if pixels.dim() == 2 or pixels.dim() == 3 and len(pixels) == 1 else pixels
+    if pixels.dim() == 2 or pixels.dim() == 3 and len(pixels) == 1:
+        pixels = pixels.expand(3, -1, -1)
     if pixels.dim() != 3 or pixels.shape[0] != 3 or not pixels.isfinite().all():
-        raise ValueError(f"a picture must be (3, H, W), (1, H, W) or (H, W) of finite numbers, got {tuple(image.shape)}")
-    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().numpy())
+        raise ValueError("a picture must be (3, H, W), (1, H, W) or (H, W) of finite numbers, got "
+                         f"{tuple(image.shape)}")
+    pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def heat(values):
-    """A map in [0, 1] as colours from black over purple and orange to pale yellow.   (H, W) -> (3, H, W) in [-1, 1]
+    """A map in [0, 1] as colours, black, purple, orange, pale yellow.   (H, W) -> (3, H, W) in [-1, 1]
 
     Lightness rises evenly, so the map also reads in grey and for colour-blind readers.
     """
@@ -38,14 +42,14 @@ def heat(values):
 
 
 def overlay(image, values, alpha=0.5):
-    """A heat map over the grey picture: colour shows the map, brightness the picture.   -> (3, H, W) in [-1, 1]
+    """A heat map over the grey picture: colour shows the map, brightness the picture.   -> (3, H, W)
 
     values (h, w) of any size: enlarged smoothly to the picture's.
     """
     image = image.detach().float().cpu()
     grey = image.mean(0, keepdim=True).expand(3, -1, -1)
     values = F.interpolate(values.detach().float().cpu()[None, None], image.shape[1:], mode="bilinear")[0, 0]
-    weight = alpha * (2 * values).clamp(0, 1)                        # where the map is low the picture stays as it is
+    weight = alpha * (2 * values).clamp(0, 1)                # where the map is low the picture stays as it is
     return (1 - weight) * grey + weight * heat(values)
 
 
@@ -60,7 +64,8 @@ def resized(image, width):
 def panels(path, rows, size=96, title=None, gap=8):
     """Rows of captioned pictures, each `size` points wide.   rows [[(image, caption or None), ...], ...]"""
     gap, edge = gap * SHARP, 12 * SHARP
-    rows = [[(resized(image, size), wrap(caption or "", size * SHARP, 8 * SHARP)) for image, caption in row] for row in rows]
+    rows = [[(resized(image, size), wrap(caption or "", size * SHARP, 8 * SHARP)) for image, caption in row]
+            for row in rows]
     if not any(rows):
         raise ValueError(f"there is no picture to draw in {path}")
     width = 2 * edge + max(len(row) * (size * SHARP + gap) for row in rows if row) - gap
@@ -87,7 +92,7 @@ def grid(path, images, captions=None, columns=4, title=None, size=96):
     """Pictures in rows of `columns`, each over its caption.   images (N, 3, H, W) in [-1, 1]"""
     captions = [None] * len(images) if captions is None else captions
     if len(captions) != len(images):
-        raise ValueError(f"{len(captions)} captions for {len(images)} pictures in {path}: give one each, or none")
+        raise ValueError(f"{len(captions)} captions for {len(images)} pictures in {path}: one each, or none")
     cells = list(zip(images, captions, strict=True))
     panels(path, [cells[i : i + columns] for i in range(0, len(cells), columns)], size, title)
 
@@ -111,10 +116,11 @@ def film(image, weight=None):
 
 
 def strip(path, frames, captions=None, size=112, title=None, weights=None, columns=8):
-    """A story or a clip on film, `columns` frames a row.   frames (F, 3, H, W), weights (F,) in [0, 1]: relevance"""
+    """A story or a clip on film.   frames (F, 3, H, W), weights (F,) in [0, 1]: relevance, a bar each"""
     captions = captions or [None] * len(frames)
     weights = [None] * len(frames) if weights is None else weights
-    cells = [(film(resized(x, size), w), caption) for x, caption, w in zip(frames, captions, weights, strict=True)]
+    cells = [(film(resized(frame, size), weight), caption)
+             for frame, caption, weight in zip(frames, captions, weights, strict=True)]
     panels(path, [cells[i : i + columns] for i in range(0, len(cells), columns)], size, title, gap=0)
 
 

@@ -113,6 +113,8 @@ def fetch(url, path, size, sha256, timeout=30):
     raises  ValueError: server unreachable, cut, too long, other content; OSError's sentence when the disk is full. The
             .part stays for the next try unless its content is wrong; the final name only ever holds the whole file.
     """
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{url} is no place to fetch from: links must begin with http:// or https://")
     path = Path(path)
     part = path.with_name(path.name + ".part")
     if path.is_file():

@@ -124,7 +124,7 @@ def clips(index, seed=0, split="train", questions=8, types=SVQA):
     key = keys(index, seed, split, view=4)
     shown = videos(key)
     pot = [name for name, weight in types.items() for _ in range(max(1, round(weight / 120)))]
-    streams, asked = [chances(key, 100 + n, 128) for n in range(questions)], []
+    streams, asked = [chances(key, 100 + n) for n in range(questions)], []
     for v, things in enumerate(contents(shown)):
         asked += [ask(streams[n][v], things, pot) | {"video": v} for n in range(questions)]
     view = {name: [a[name] for a in asked] for name in ("video", "question", "answer", "type")}

@@ -1,14 +1,17 @@
-"""The built-in shop: customers with planted tastes, products seen through a picture and a title, marked accidents.
+"""The built-in shop: customers with planted tastes, products with a picture and a title, marked accidents.
 
-A product (data/views.py) is a design (shape, colour, texture) in a cluttered picture, and a title that always tells its
-kind and material and leaves attributes of the design out. A customer belongs to one of STYLES styles, deviates from it
-personally, and weighs what is seen against what is told (a U-shaped law: most customers mind one of the two):
+A product (data/views.py) is a design (shape, colour, texture) in a cluttered picture, and a title that always
+tells its kind and material and leaves attributes of the design out. A customer belongs to one of STYLES
+styles, deviates from it personally, and weighs what is seen against what is told (a U-shaped law: most
+customers mind one of the two):
 
-    taste_u = LOYAL style + sqrt(1 - LOYAL^2) own      p(i | u)  ~  exp(STRENGTH (w_u seen_ui + (1 - w_u) told_ui) + fame_i)
+    taste_u  =  LOYAL style + sqrt(1 - LOYAL^2) own
+    p(i | u) ~  exp( STRENGTH (w_u seen_ui + (1 - w_u) told_ui) + fame_i )
 
-seen_ui sums the tastes for what the picture shows, told_ui for kind and material. Clicks are drawn from p without
-replacement. A share of the training clicks is replaced by accidents, drawn by fame alone and marked in `noise`;
-valid and test clicks are all meant. So the truth is known: who likes what and why, and which clicks mean nothing.
+seen_ui sums the tastes for what the picture shows, told_ui for kind and material. Clicks are drawn from p
+without replacement. A share of the training clicks is replaced by accidents, drawn by fame alone and marked
+in `noise`; valid and test clicks are all meant. So the truth is known: who likes what and why, and which
+clicks mean nothing.
 """
 import numpy as np
 import torch
@@ -27,15 +30,17 @@ CLUTTER = 24                                  # irrelevant directions of the ima
 def shop(seed=0):
     """The fields of an `Interactions`, as a dict; deterministic from seed.
 
-    "truth" holds attributes {name: (I,)}, told {name: (I,) bool}, tastes {name: (U, values)}, style and weight (U,),
-    likes (U, I), fame (I,), and masks, a function from item ids to the product's pixels (n, 1, H, W).
+    "truth" holds attributes {name: (I,)}, told {name: (I,) bool}, tastes {name: (U, values)}, style and
+    weight (U,), likes (U, I), fame (I,), and masks, a function from item ids to the product's pixels (n, 1,
+    H, W).
     """
     view, rng = products(range(ITEMS), seed), generator(seed, 7)
     attributes = view["attributes"]
     style = torch.randint(STYLES, (USERS,), generator=rng)
-    tastes = {a: LOYAL * torch.randn(STYLES, n, generator=rng)[style]
-              + (1 - LOYAL**2) ** 0.5 * torch.randn(USERS, n, generator=rng) for a, n in {**SEEN, **TOLD}.items()}
-    weight = torch.rand(USERS, 1, generator=rng).mul(torch.pi).cos().add(1).div(2)               # U-shaped on [0, 1]
+    tastes = {a: LOYAL * torch.randn(STYLES, n, generator=rng)[style]                            # (U, values)
+              + (1 - LOYAL**2) ** 0.5 * torch.randn(USERS, n, generator=rng)
+              for a, n in {**SEEN, **TOLD}.items()}
+    weight = torch.rand(USERS, 1, generator=rng).mul(torch.pi).cos().add(1).div(2)        # U-shaped on [0, 1]
     likes = sum(w * sum(tastes[a][:, attributes[a]] for a in side) / len(side) ** 0.5            # (U, I)
                 for w, side in ((weight, SEEN), (1 - weight, TOLD)))
     fame = FAME * torch.randn(ITEMS, generator=rng)
@@ -46,8 +51,8 @@ def shop(seed=0):
         rows = torch.as_tensor(ids).tolist()
         return render(products(rows, seed)["scene"], 64)[part]
 
-    truth = {"attributes": attributes, "told": view["told"], "tastes": tastes, "style": style, "weight": weight[:, 0],
-             "likes": likes, "fame": fame, "masks": lambda ids: drawn(ids, 1)[:, :1]}
+    truth = {"attributes": attributes, "told": view["told"], "tastes": tastes, "style": style,
+             "weight": weight[:, 0], "likes": likes, "fame": fame, "masks": lambda ids: drawn(ids, 1)[:, :1]}
     return {"users": USERS, "items": ITEMS, "train": train, "valid": valid, "test": test,
             "features": features(view, rng), "titles": view["titles"], "pictures": lambda ids: drawn(ids, 0),
             "noise": accident[label == 0], "truth": truth, "source": f"built-in shop (seed {seed})",
@@ -55,15 +60,16 @@ def shop(seed=0):
 
 
 def clicks(scores, fame, rng):
-    """Draws without replacement (Gumbel top-n), split as MMRec does, accidents among train.   -> (E,) sorted tensors
+    """Draws without replacement (Gumbel top-n), split as MMRec does, accidents among train.   -> (E,) each
 
-    Each user has 7 to MOST clicks. Returned are user, item, accident (bool) and label (0 train, 1 valid, 2 test).
+    Each user has 7 to MOST clicks. Returned are user, item, accident (bool) and label (0 train, 1 valid, 2
+    test).
     """
     def draw(logits):
         return (logits - torch.rand(scores.shape, generator=rng).log().neg().log()).topk(MOST, 1).indices
 
     meant = draw(scores)                                                                         # (U, MOST)
-    slips = draw(fame.expand_as(scores).scatter(1, meant, -torch.inf))                         # none of them meant
+    slips = draw(fame.expand_as(scores).scatter(1, meant, -torch.inf))                    # none of them meant
     n = torch.randint(7, MOST + 1, (len(scores), 1), generator=rng)
     user, place = torch.nonzero(torch.arange(MOST) < n).T
     label = torch.from_numpy(split_rule(user.numpy(), int(torch.randint(2**31, (), generator=rng))))
@@ -74,13 +80,13 @@ def clicks(scores, fame, rng):
 
 
 def split_rule(user, seed):
-    """MMRec's split, per user in random order: under 10 rows the last two are valid and test, else the last fifth.
+    """MMRec's split, per user in random order: the last fifth is held out; under 10 rows, the last two.
 
-    user (E,) in any order -> label (E,) 0, 1, 2.   n >= 10: held = floor(n / 5), valid = held // 2, test = the rest
+    user (E,) in any order -> label (E,): 0 train, 1 valid, 2 test.   valid = held // 2, test: the rest
     """
     order = np.lexsort((np.random.default_rng(seed).random(len(user)), user))
     _, start, count = np.unique(user[order], return_index=True, return_counts=True)
-    held = np.where(count < 10, np.minimum(2, count - 1), count // 5)       # a user with one row keeps it in train
+    held = np.where(count < 10, np.minimum(2, count - 1), count // 5)  # a user with one row keeps it in train
     late = np.arange(len(user)) - np.repeat(start + count - held, count)    # < 0: train
     label = np.empty(len(user), dtype=np.int64)
     label[order] = np.where(late < 0, 0, np.where(late < np.repeat(held // 2, count), 1, 2))
@@ -88,9 +94,9 @@ def split_rule(user, seed):
 
 
 def features(view, rng, width=64):
-    """What frozen encoders would see, first version: {"image": (I, 64), "text": (I, 64)}, rows of unit length.
+    """What frozen encoders would see, first version: {"image": (I, 64), "text": (I, 64)}, rows of length 1.
 
-    image   a random map of shape, colour and texture, and of CLUTTER directions that no customer cares about (drift)
+    image   a random map of shape, colour, texture, and of CLUTTER directions that no customer minds (drift)
     text    a random map of what the title tells: attributes that it leaves out are missing (omission)
     """
     sizes, told = {**SEEN, **TOLD}, view["told"]

@@ -9,6 +9,7 @@
 NAMES says which question files are read; `python -m data.prepare NAME` says where each data set comes from.
 """
 import csv
+import functools
 import io
 import re
 import zlib
@@ -245,11 +246,12 @@ MARKS = re.compile(r"(\.{2,}|--|''|``|[;@#$%&?!*\[\](){}<>«»“”‘’„`�
 JOINED = {"cannot": 3, "gimme": 3, "gonna": 3, "gotta": 3, "lemme": 3, "wanna": 3, "d'ye": 1, "more'n": 4}   # where to cut
 
 
+@functools.lru_cache(maxsize=2**16)       # the same choices and questions come again and again
 def words(text):
     """Tokens as the Treebank rules make them (what nltk's word_tokenize does to one sentence): n't, 's and marks alone."""
     text = re.sub(r"""(^|[\s(\[{<])("|'')""", r"\1 `` ", text).replace('"', " '' ")
     text = re.sub(r"([^.])\.([\])}>'\s]*)$", r"\1 . \2", MARKS.sub(r" \1 ", text))
-    return [token for chunk in text.split() for token in clitics(chunk)]
+    return tuple(token for chunk in text.split() for token in clitics(chunk))
 
 
 def clitics(chunk):

@@ -83,19 +83,15 @@ def scenes(index, seed=0, split="train", objects=(1, 3), count=None, view=0):
     of = u[:, 4:].view(-1, 6, slots)                                       # (B, 6, O)
     combination = choose(of[:, 0], (HELD_OUT if split == "unseen" else ~HELD_OUT).flatten())
     size = (of[:, 1] * 2).long()
+    radius = torch.tensor(RADIUS)[size] * torch.tensor(CROWD)[count - 1, None]                 # (B, O)
     scene = {"present": torch.arange(slots) < count[:, None],
              "shape": combination // 24, "colour": combination // 3 % 8, "texture": combination % 3,
-             "size": size, "radius": radii(size, count, of[:, 2]),
+             "size": size, "radius": radius * (1 + SPREAD * (2 * of[:, 2] - 1)),
              "angle": (of[:, 3] - 0.5) * 0.5,                              # tilts of at most 14 degrees
              "tone": (of[:, 4] - 0.5) * 0.07, "light": (u[:, 3] - 0.5) * 0.06,   # lighter or darker, a little
              "background": (u[:, 1] * 6).long(), "pattern": (u[:, 2] * 4).long(), "key": key}
     scene["centre"] = place(key, scene["radius"], scene["present"])
     return scene
-
-
-def radii(size, count, u):
-    """size (B, O) and count (B,) of objects to radii, with a little jitter u in [0, 1)."""
-    return torch.tensor(RADIUS)[size] * torch.tensor(CROWD)[count - 1, None] * (1 + SPREAD * (2 * u - 1))
 
 
 def place(key, radius, present):
@@ -150,9 +146,16 @@ def one(chance, options):
     return options[next(chance) % len(options)]
 
 
-def chances(key, k, n=40):
-    """B streams of n random integers for sentence k of each row; 40 are more than any caption takes."""
-    return [iter(row) for row in hashed(key ^ seed_from(2, k), n).tolist()]
+def chances(key, k):
+    """Endless streams of random integers, one for sentence k of each row.   key (B,) -> B iterators"""
+    return [stream(row) for row in hashed(key ^ seed_from(2, k), 40).tolist()]
+
+
+def stream(numbers):
+    yield from numbers
+    while True:                                                            # few sentences take more than 40
+        numbers = [seed_from(numbers[-1])]
+        yield from numbers
 
 
 def alias(chance, word):
@@ -249,18 +252,13 @@ def is_now(chance, thing, what):
     return f"the {alias(chance, thing['shape'])} is {alias(chance, thing[what])}"
 
 
-def matches(thing, shape, colour):
-    """Is it a (colour) shape? "shape" and "" stand for any."""
-    return shape in (thing["shape"], "shape") and colour in (thing["colour"], "")
-
-
 def counting(chance, fact):
     """"two stars", "there is no red shape", "three shapes on a blue background": exactly that many."""
     thing = one(chance, fact["objects"])
     shape, colour = one(chance, ((thing["shape"], ""), ("shape", thing["colour"]), ("shape", "")))
     if next(chance) % 4 == 0:                                            # anything: most likely there is none
         shape, colour = one(chance, ((one(chance, SHAPES), ""), ("shape", one(chance, COLOUR))))
-    number = sum(matches(o, shape, colour) for o in fact["objects"])
+    number = sum(shape in (o["shape"], "shape") and colour in (o["colour"], "") for o in fact["objects"])
     name = f"{NUMBERS[number]} {colour} {PLURALS[shape] if number > 1 else shape}".replace("  ", " ")
     if number == 0:
         return "there is " + name
@@ -335,7 +333,7 @@ if __name__ == "__main__":
     torch.set_num_threads(options.threads)
     if options.sheet:
         sheet(options.sheet)
-    if options.bench:
+    elif options.bench:
         bench()
-    if not (options.sheet or options.bench):
+    else:
         parser.print_help()

@@ -54,22 +54,22 @@ def schedule(T, scale, low, high, first=0.0):
     return betas, torch.cat([abar[:1], (1 - betas).cumprod(0)])
 
 
-def posterior(betas, abar, t):
-    """Mean of q(x_{t-1} | x_t, x_0) = a x_0 + b x_t.   t (n,) in 1..T -> a, b (n,)
+def posterior(betas, abar):
+    """Mean of q(x_{t-1} | x_t, x_0) = a_t x_0 + b_t x_t.   -> a, b (T,), t = 1 first
 
     a = beta_t sqrt(abar_{t-1}) / (1 - abar_t)        b = (1 - abar_{t-1}) sqrt(alpha_t) / (1 - abar_t)
     Without noise (scale = 0) the posterior is a point: a = 1, b = 0.
     """
-    noise = 1 - abar[t]
-    a = betas[t - 1] * abar[t - 1].sqrt() / noise.clamp(min=1e-30)
-    b = (1 - abar[t - 1]) * (1 - betas[t - 1]).sqrt() / noise.clamp(min=1e-30)
-    return torch.where(noise > 0, a, 1.0), torch.where(noise > 0, b, 0.0)
+    noise = 1 - abar[1:]
+    a = torch.where(noise > 0, betas * abar[:-1].sqrt() / noise, 1.0)
+    b = torch.where(noise > 0, (1 - abar[:-1]) * (1 - betas).sqrt() / noise, 0.0)
+    return a, b
 
 
-def snr_weight(abar, t):
-    """SNR(t - 1) - SNR(t), and 1 at the first step [D].   t (n,) in 1..T, SNR = abar / (1 - abar) -> (n,)"""
+def snr_weight(abar):
+    """Weight of the loss at t: SNR(t - 1) - SNR(t), and 1 at the first step [D]; SNR = abar / (1 - abar).   -> (T,)"""
     snr = abar / (1 - abar).clamp(min=1e-12)
-    return torch.where(t == 1, 1.0, snr[t - 1] - snr[t])
+    return torch.cat([torch.ones_like(snr[:1]), snr[1:-1] - snr[2:]])
 
 
 class TimeSampler(nn.Module):

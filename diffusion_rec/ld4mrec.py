@@ -161,9 +161,10 @@ class LD4MRec(nn.Module):
         self.clicks = Graph.from_edges(train[:, 0], train[:, 1], (users, items))               # R, rows are x_0
         self.conditions(features)
         betas, abar = schedule(cfg.T, cfg.scale, cfg.low, cfg.high, cfg.first_beta)
-        self.register_buffer("betas", betas.float())
-        self.register_buffer("abar", abar.float())                                             # (T + 1,), abar[0] = 1
-        self.register_buffer("noise", (1 - abar).float())          # kept apart: 1 - float32(abar) has 3 digits left
+        a, b = posterior(betas, abar)
+        for name, x in {"betas": betas, "abar": abar, "variance": 1 - abar, "to_clean": a, "to_state": b,
+                        "snr": snr_weight(abar)}.items():          # from float64: 1 - float32(abar) has 3 digits left
+            self.register_buffer(name, x.float())                                              # abar[0] = 1, variance[0] = 0
         self.times = TimeSampler(cfg.T, cfg.t_sampling == "importance")                        # t ~ Importance({1..T}) [F]
         self.table_in, self.bias_in = nn.Parameter(torch.empty(items, cfg.width)), nn.Parameter(torch.zeros(cfg.width))
         self.network()
@@ -262,7 +263,7 @@ class LD4MRec(nn.Module):
         rows, n = self.clicks.rows(mine), len(mine)
         clean = drawn(torch.rand, n, device=users.device) < cfg.rho
         t, weight = self.times.draw(n)
-        abar, noise = torch.where(clean, 1.0, self.abar[t]), torch.where(clean, 0.0, self.noise[t])
+        abar, noise = torch.where(clean, 1.0, self.abar[t]), torch.where(clean, 0.0, self.variance[t])
         if cfg.acts_on == "clicks" and cfg.dropout_in:
             rows = fast.drop_clicks(rows, cfg.dropout_in, drawn_for_entries(self.clicks, users))
         tau = torch.where(clean[:, None], self.tau_in(n), self.tau(t))
@@ -270,7 +271,7 @@ class LD4MRec(nn.Module):
         target = self.target(users, mine)
         error = self.reconstruction(h, target)                                                 # (B,)
         self.times.record(t, error, ~clean)
-        weight = weight * snr_weight(self.abar, t) if cfg.weighting == "snr" else weight
+        weight = weight * self.snr[t - 1] if cfg.weighting == "snr" else weight
         return (torch.where(clean, 1.0, weight) * error).mean()
 
     def target(self, users, mine):
@@ -300,11 +301,40 @@ class LD4MRec(nn.Module):
         one_step       C-Net(x_t, tau(t)) at t = corrupt (at least 1): version 1
         chain          corrupt to t = corrupt (0: not at all), then `steps` reverse steps down to t = 1, as DiffRec [D]
         """
-        inference, steps = inference or self.cfg.inference, steps or self.cfg.T
-        if inference == "forward_free":
-            rows, ones = self.clicks.rows(users), torch.ones(len(users), device=users.device)
-            return self.leave(self(self.enter(rows, ones, 0 * ones, 0 * ones), self.tau_in(len(users)), users))
-        raise NotImplementedError
+        cfg, rows, n = self.cfg, self.clicks.rows(users), len(users)
+        inference, steps = inference or cfg.inference, steps or cfg.T
+        t = {"forward_free": 0, "one_step": max(1, cfg.corrupt), "chain": cfg.corrupt}[inference]
+        abar, noise = self.abar[t].expand(n), self.variance[t].expand(n)
+        if inference == "chain" and (cfg.acts_on == "state" or cfg.noise == "dense"):
+            return self.leave(self.chain_naive(rows, abar, noise, users, steps))
+        entered = self.enter(rows, abar, noise, self.still_noise(users) if t else None)
+        if inference == "chain":
+            return self.leave(self.chain(entered, users, steps))
+        return self.leave(self(entered, self.tau(torch.full_like(users, t)) if t else self.tau_in(n), users))
+
+    def chain(self, entered, users, steps):
+        """Reverse chain followed in the latent space: W_in^T x_hat = (W_in^T V) h + W_in^T b, so a step costs d^2, not I d."""
+        again, shift = self.table_out.T @ self.table_in, self.bias_out @ self.table_in         # (d, d), (d,)
+        for t in range(steps, 0, -1):
+            h = self(entered, self.tau(torch.full_like(users, t)), users)
+            entered = self.to_clean[t - 1] * (h @ again + shift) + self.to_state[t - 1] * entered
+        return h
+
+    def chain_naive(self, rows, abar, noise, users, steps):
+        """The same on states (n, I): x_{t-1} = a_t x_hat + b_t x_t."""
+        x = abar.sqrt()[:, None] * rows.dense()
+        if noise.any():
+            rng = torch.Generator().manual_seed(self.cfg.seed)
+            x = x + noise.sqrt()[:, None] * torch.randn(rows.shape, generator=rng).to(x.device)
+        for t in range(steps, 0, -1):
+            h = self(self.enter_state(x), self.tau(torch.full_like(users, t)), users)
+            x = self.to_clean[t - 1] * (h @ self.table_out.T + self.bias_out) + self.to_state[t - 1] * x
+        return h
+
+    def still_noise(self, users):
+        """The same noise for a user whenever and with whomever it is asked for.   -> (n, d)"""
+        rng = torch.Generator().manual_seed(self.cfg.seed)
+        return torch.randn(self.users, self.cfg.width, generator=rng).to(users.device)[users]
 
     def leave(self, h):
-        return F.pad(h.float(), (0, 1), value=1.0)
+        return F.pad(h.float(), (0, 1), value=1.0)                                             # times the item's bias

@@ -29,13 +29,14 @@ WIDEST = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64, torch.floa
 def _ranks_reference(users, items, user, target, rows, block):
     """A block of scores at a time, small enough for the cache, compared into one buffer and summed."""
     items, count = items if items.dtype == torch.float64 else items.float(), len(items)
-    block = block or max(16, min(1024, (2**26 if items.is_cuda else 2**19) // count))
-    hits = torch.empty(min(block, len(user)), count, dtype=items.dtype, device=items.device)
+    block = block or max(16, min(1024, (2**26 if items.is_cuda else 2**19) // count // 16 * 16))
+    tables = torch.empty(2, min(block, len(user)), count, dtype=items.dtype, device=items.device)
     ids, own, above, seen = torch.arange(count, device=items.device), [], [], []
     for start in range(0, len(user), block):
         u, i = user[start : start + block], target[start : start + block]
-        scores = users[u].to(items.dtype) @ items.T                                # (block, I)
-        mine, hit = scores.gather(1, i[:, None]), hits[: len(u)]
+        scores, hit = tables[:, : len(u)]                                          # one memory for all blocks
+        torch.mm(users[u].to(items.dtype), items.T, out=scores)                    # (block, I)
+        mine = scores.gather(1, i[:, None])
         below, least = (compare(scores, mine, out=hit).sum(1).long() for compare in (torch.lt, torch.le))
         above.append(count - least)                                                # NaN is never <=: it counts
         tie = (least - below > 1).nonzero()[:, 0]                                  # more than the target itself

