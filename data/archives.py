@@ -10,7 +10,9 @@ from data.safe import DAMAGED, missing, reason
 
 
 def members(archive):
-    """(name, size, is folder, open function) of every member of an open zip or tar; links and devices are refused."""
+    """(name, size, is folder, open function) of every member of an open zip or tar; links and devices are
+    refused.
+    """
     if isinstance(archive, zipfile.ZipFile):
         for info in archive.infolist():
             if (info.external_attr >> 16) & 0o170000 == 0o120000:
@@ -26,7 +28,8 @@ def members(archive):
 def inside(name):
     """A member's name as a relative path; raises ValueError if it could leave the folder."""
     path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name) or "\0" in name or not path.parts:
+    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:",
+                                                            name) or "\0" in name or not path.parts:
         raise ValueError(f"member {name!r} would be written outside the folder")
     return Path(*path.parts)
 
@@ -34,8 +37,10 @@ def inside(name):
 def unpack(archive, folder, limit=64 * 2**30):
     """Extract a .zip, .tar, .tar.gz or .tgz into `folder`: all of it or nothing.   -> number of files
 
-    Everything is written into a folder aside and its top-level entries are moved at the end. Refused: `../`, absolute
-    names, links, devices, more than `limit` bytes (really written, whatever the headers claim), an entry that exists.
+    Everything is written into a folder aside and its top-level entries are moved at the end. Refused: `../`,
+    absolute
+    names, links, devices, more than `limit` bytes (really written, whatever the headers claim), an entry that
+    exists.
     """
     archive, folder = Path(archive), Path(folder)
     aside, left, count = folder / f".{archive.name}.part", limit, 0

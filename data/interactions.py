@@ -119,9 +119,11 @@ def load(name="builtin", root="", seed=0, modalities=None, repair=False):
         data = Interactions(**shop(seed))
         data.features = {m: data.features[m] for m in chosen(data.features, modalities, "the built-in shop")}
         return data
-    path = find(name, Path(root))
+    path = find(name, root)
     splits, users, items = read(path, seed)
     splits = {s: np.asarray(pairs, dtype=np.int64).reshape(-1, 2) for s, pairs in splits.items()}
+    if not len(splits["train"]):
+        raise ValueError(f"{path}: the train split is empty; train, valid and test all need rows")
     check_ids(splits, users, items, path)
     users, items = (given or 1 + max(int(pairs[:, c].max()) for pairs in splits.values() if len(pairs))
                     for c, given in enumerate((users, items)))
@@ -144,9 +146,10 @@ def load(name="builtin", root="", seed=0, modalities=None, repair=False):
 
 def find(name, root):
     """The file that holds the interactions of `name` in folder `root`."""
-    if str(root) == "." or not root.is_dir():
+    if not str(root) or not Path(root).is_dir():
         raise FileNotFoundError(f"--data={name} needs --root=FOLDER with {name}.inter and *_feat.npy files "
-                                f"({root} is not a folder); or train on the built-in data: --data=builtin")
+                                f"({root!s:.80} is no folder); or train on the built-in data: --data=builtin")
+    root = Path(root)
     names = [name, f"{name}.inter", f"{name}.npz", "interactions.npz", "inter.csv", "inter_small.csv",
              "trnMat.pkl", "train.json"]
     for folder in (root, root / name):
@@ -258,7 +261,7 @@ def read_features(path, items, modalities, repair, repaired):
             row = int(bad.argmax())
             what = "all zeros: its cosine with anything is undefined" if not x[row].any() else "not finite"
             raise ValueError(f"{file}, row {row} is {what} ({bad.sum()} such rows); fix the file, or pass "
-                             "repair=True to give them the mean of the good rows")
+                             "--repair to give them the mean of the good rows")
         if bad.all():
             raise ValueError(f"{file} has no usable row: all are zero or not finite")
         if bad.any():
@@ -299,7 +302,7 @@ def unique_pairs(splits, items, path, repair, repaired):
         user, item = divmod(int(keys[at]), items)
         raise ValueError(f"{path}: user {user} and item {item} occur twice ({SPLITS[split[at - 1]]} and "
                          f"{SPLITS[split[at]]}; {again.sum()} repeats in all); remove them, or pass "
-                         "repair=True to keep the first")
+                         "--repair to keep the first")
     if again.any():
         repaired["pairs"] = int(again.sum())
     return {s: np.stack(np.divmod(keys[~again & (split == k)], items), 1) for k, s in enumerate(SPLITS)}

@@ -29,7 +29,7 @@ class Lazy(Sequence):
         return self.make(i % self.n)
 
 
-# -- pixels -----------------------------------------------------------------------------------------------------------
+# -- pixels --------------------------------------------------------------------------------------------------
 
 
 def to_tensor(pictures):
@@ -43,7 +43,9 @@ def cropped(fetch, size, flip):
 
 
 def crop(picture, size, flip, seed, row):
-    """A size x size window of a uint8 picture: at random, and mirrored half of the time, or from the centre."""
+    """A size x size window of a uint8 picture: at random, and mirrored half of the time, or from the
+    centre.
+    """
     high, wide = picture.shape[0] - size, picture.shape[1] - size
     if seed is None:
         top, left, mirror = high // 2, wide // 2, False
@@ -55,7 +57,9 @@ def crop(picture, size, flip, seed, row):
 
 
 def shrink(image, size, margin=MARGIN):
-    """RGB Pillow image -> uint8 array whose short side is int(size * margin); bilinear over the covered area."""
+    """RGB Pillow image -> uint8 array whose short side is int(size * margin); bilinear over the covered
+    area.
+    """
     short = int(size * margin)
     scale = short / min(image.size)
     target = [short if side == min(image.size) else max(short, int(side * scale)) for side in image.size]
@@ -77,11 +81,13 @@ def cached(decode, budget=CACHE):
     return fetch
 
 
-# -- splits ---------------------------------------------------------------------------------------------------------
+# -- splits --------------------------------------------------------------------------------------------------
 
 
 def set_aside(groups, share):
-    """Rows of whole groups that hold about `share` of all rows; which ones depends on the groups' names alone."""
+    """Rows of whole groups that hold about `share` of all rows; which ones depends on the groups' names
+    alone.
+    """
     order = sorted(set(groups), key=lambda g: (zlib.crc32(str(g).encode()), str(g)))
     rows_of = {}
     for row, group in enumerate(groups):
@@ -115,7 +121,8 @@ def by_name(data, split):
     wanted = {"train": range(8), "valid": (8,), "test": (9,)}[split]
     rows = [row for row, b in enumerate(bucket) if b in wanted]
     if not rows:
-        raise ValueError(f"{data.name}: none of its {len(data)} pictures fell into the {split} part; add pictures or "
+        raise ValueError(f"{data.name}: none of its {len(data)} pictures fell into the {split} part; add "
+                         f"pictures or "
                          "make folders train/, valid/ and test/")
     return data.select(rows)
 

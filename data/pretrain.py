@@ -24,6 +24,7 @@ from data.weights import write_safetensors
 LARGEST_SCALE = math.log(100)        # the temperature's bound in the paper
 CANDIDATES = 100                     # captions of one retrieval test: chance is 1 / 100
 FRAMES = 4                           # of a story in a batch
+LOOKALIKES = 8                       # pictures of one colour on one background
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Config:
     steps: int = 2000            # optimiser steps of CLIP
     reader_steps: int = 1500     # of these, how many also train the reader, on half of the pictures
     eval_every: int = 250        # steps between evaluations
-    batch: int = 64              # pictures a step: 3/4 scenes, 1/8 products, 1/8 story frames
+    batch: int = 64              # pictures a step: 1/2 scenes, 1/4 lookalikes, 1/8 products, 1/8 story frames
     lr: float = 1e-3             # AdamW step size of CLIP, after 100 steps of warm-up, cosine to 0
     reader_lr: float = 3e-3      # AdamW step size of the reader, the same shape over its own steps
     decay: float = 0.05          # weight decay of matrices; none for gains, biases and tables
@@ -82,22 +83,37 @@ def contrastive(image, text, logit_scale, targets):
 
 
 def mixture(t, size, seed):
-    """Batch t: scenes with captions, products with titles, frames with sentences.   -> scene dict (N, ...), N texts
+    """Batch t: scenes and lookalikes with captions, products with titles, frames with sentences.   -> scene, N texts
 
     Sizes of products and characters are not words of the world's grammar: -1, which the reader's loss leaves out.
     """
     eighth = size // 8
     rows = torch.arange(t * size, (t + 1) * size) % world.ROWS
-    scene = world.scenes(rows[: size - 2 * eighth], seed)
-    full, k = world.captions(scene), 1 + t % 9
-    texts = [a if n % 2 else b for n, (a, b) in enumerate(zip(full, world.captions(scene, k), strict=True))]
+    scene = world.scenes(rows[: 4 * eighth], seed)
+    texts = [full if n % 2 else part for n, (full, part) in enumerate(
+        zip(world.captions(scene), world.captions(scene, 1 + t % 9), strict=True))]
+    twins = lookalikes(rows[4 * eighth : 6 * eighth], seed)
     shop = views.products(rows[:eighth], seed)
     tales = views.stories(rows[: eighth // FRAMES], seed, frames=FRAMES, looks="story")
-    parts = [scene, shop["scene"], tales["scene"]]
-    for part in parts[1:]:
+    for part in (shop["scene"], tales["scene"]):
         part["size"] = torch.full_like(part["size"], -1)
-    texts += shop["titles"] + list(itertools.chain(*tales["sentences"]))
+    texts += world.captions(twins) + shop["titles"] + list(itertools.chain(*tales["sentences"]))
+    parts = scene, twins, shop["scene"], tales["scene"]
     return {name: torch.cat([widen(part[name], name) for part in parts]) for name in scene}, texts
+
+
+def lookalikes(rows, seed):
+    """Pictures of one object in groups of LOOKALIKES that share colour and background.   -> scene
+
+    Among random scenes colours and backgrounds tell pictures apart, so a young CLIP learns nothing else for thousands of
+    steps: shape and texture stay at chance. Within such a group nothing else is left to learn.
+    """
+    scene = world.scenes(rows, seed, objects=(1, 1))
+    leader = torch.arange(len(rows)) // LOOKALIKES * LOOKALIKES
+    scene |= {name: scene[name][leader] for name in ("colour", "background", "pattern")}
+    kept = world.HELD_OUT[scene["shape"], scene["colour"], scene["texture"]]          # never twice with one shape
+    scene["texture"] = (scene["texture"] + kept) % len(world.TEXTURES)                # and colour: the next is free
+    return scene
 
 
 def widen(value, name, slots=3):

@@ -20,7 +20,7 @@ import torch
 from data.draw import SHAPES, render, uniform
 from data.world import BACKGROUND, COLOUR, PLURALS, SIZES, article, chances, keys, one, pick
 
-CLIPS, OBJECTS = 8, 6
+CLIPS, OBJECTS, PATIENCE = 8, 6, 40
 RADII = (0.25, 0.37)                                # small and large: lanes of width 1 leave no room for more
 FORMS = ("square", "triangle", "star", "heart", "cross", "moon")  # a circle that turns looks as if it did not
 TURNING = tuple(SHAPES.index(s) for s in FORMS)
@@ -143,9 +143,12 @@ def contents(shown):
 
 
 def ask(chance, things, pot):
-    """One question. Its type comes first, then its answer, then words that have it; if none do, again."""
-    while True:
-        name = one(chance, pot)
+    """One question. Its type comes first, then its answer, then words that have it; if none do, again.
+
+    A video that no wanted type fits is asked to count: one in ten if "same direction" is all there is.
+    """
+    for attempt in range(PATIENCE + 1):
+        name = one(chance, pot) if attempt < PATIENCE else "count"
         family, _, attribute = name.partition(" ")
         found = WRITERS[family](chance, things, attribute or name)
         if found:

@@ -1,7 +1,9 @@
 """Files of other people, read without trusting them: text, JSON lines, arrays, pictures, pickles.
 
-Each reader either returns what was asked for or raises one sentence that names the file and what to do. A pickle is a
-program: it may only call the stand-ins of this file, which rebuild plain numbers and arrays from bytes, so neither
+Each reader either returns what was asked for or raises one sentence that names the file and what to do. A
+pickle is a
+program: it may only call the stand-ins of this file, which rebuild plain numbers and arrays from bytes, so
+neither
 numpy's nor scipy's code is run by it and scipy need not be installed.
 """
 import codecs
@@ -34,7 +36,7 @@ def missing(path, hint=""):
     return FileNotFoundError(f"{path} is missing" + (f": {hint}" if hint else ""))
 
 
-# -- text, JSON and arrays ------------------------------------------------------------------------------------------
+# -- text, JSON and arrays -----------------------------------------------------------------------------------
 
 
 def read_text(path, hint=""):
@@ -47,7 +49,8 @@ def read_text(path, hint=""):
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1 if path.suffix != ".gz" else "?"
-        raise ValueError(f"{path}, line {line}: byte {error.object[error.start]:#x} is not UTF-8 text; save the file "
+        raise ValueError(f"{path}, line {line}: byte {error.object[error.start]:#x} is not UTF-8 text; "
+                         f"save the file "
                          "as UTF-8") from error
     except DAMAGED as error:
         raise ValueError(f"{path} is damaged or cut ({reason(error)}); copy it again") from error
@@ -91,7 +94,9 @@ def check_row(row, fields, where):
 
 
 def read_arrays(path, names=None, hint=""):
-    """An .npz as a dict of arrays, or an .npy as one array; never a pickle.   names: arrays an .npz must have"""
+    """An .npz as a dict of arrays, or an .npy as one array; never a pickle.   names: arrays an .npz must
+    have
+    """
     if not Path(path).is_file():
         raise missing(path, hint)
     try:
@@ -99,17 +104,19 @@ def read_arrays(path, names=None, hint=""):
             found = np.load(file, allow_pickle=False)
             found = found if isinstance(found, np.ndarray) else {k: found[k] for k in (names or found.files)}
     except DAMAGED as error:
-        raise ValueError(f"{path} is damaged, cut, or not the numpy file that is expected ({reason(error)})") from error
+        raise ValueError(f"{path} is damaged, cut, or not the numpy file that is expected "
+                         f"({reason(error)})") from error
     if names and not isinstance(found, dict):
         raise ValueError(f"{path} is one array; it must be an .npz with {', '.join(names)}")
     return found
 
 
-# -- pictures -------------------------------------------------------------------------------------------------------
+# -- pictures ------------------------------------------------------------------------------------------------
 
 
 def open_image(source, where=None, upright=False):
-    """Any picture file (path, bytes or open file) as an RGB Pillow image; whatever is transparent becomes white.
+    """Any picture file (path, bytes or open file) as an RGB Pillow image; whatever is transparent becomes
+    white.
 
     where     the name used in error messages, if `source` is not a path
     upright   turn photographs as their EXIF tag says; leave False where boxes or labels use the stored pixels
@@ -123,7 +130,8 @@ def open_image(source, where=None, upright=False):
             image = ImageOps.exif_transpose(image) if upright else image
             return on_white(image)
     except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(f"{where} is not a picture that can be read, or it is cut ({reason(error)}); copy it again "
+        raise ValueError(f"{where} is not a picture that can be read, or it is cut ({reason(error)}); copy "
+                         f"it again "
                          "or take it out of the list") from error
 
 
@@ -140,7 +148,7 @@ def on_white(image):
     return image.convert("RGB")
 
 
-# -- pickles --------------------------------------------------------------------------------------------------------
+# -- pickles -------------------------------------------------------------------------------------------------
 
 
 class Dtype:
@@ -174,7 +182,9 @@ class Array:
 
 
 class Sparse:
-    """Stand-in for a scipy.sparse matrix, which becomes {"format", "shape", "data", ...}: a dict of arrays."""
+    """Stand-in for a scipy.sparse matrix, which becomes {"format", "shape", "data", ...}: a dict of
+    arrays.
+    """
 
     def __setstate__(self, state):
         self.fields = state
@@ -240,7 +250,9 @@ class Reader(pickle.Unpickler):
 
 
 def plain(value):
-    """Replace every stand-in inside lists, dicts and tuples by what it stands for; shared parts stay shared."""
+    """Replace every stand-in inside lists, dicts and tuples by what it stands for; shared parts stay
+    shared.
+    """
     done = {}
 
     def visit(x):
@@ -266,12 +278,15 @@ def plain(value):
 
 
 def load_pickle(path, encoding="latin1", hint=""):
-    """A pickle of numbers, text, builtin containers, numpy arrays and scipy matrices; everything else is refused.
+    """A pickle of numbers, text, builtin containers, numpy arrays and scipy matrices; everything else is
+    refused.
 
-    path      a file, or bytes. Sparse matrices come back as {"format", "shape", "data", "row", "col" | "indices", "indptr"}
+    path      a file, or bytes. Sparse matrices come back as {"format", "shape", "data", "row", "col" |
+              "indices", "indptr"}
     encoding  of Python 2 strings: "latin1" keeps the bytes of arrays, "ascii" is stricter
     raises    ValueError that names the file and the class it asked for
-    A protocol-0 pickle that went through a Windows checkout (CR LF at every line's end) is repaired on the way in.
+    A protocol-0 pickle that went through a Windows checkout (CR LF at every line's end) is repaired on the
+    way in.
     """
     if not isinstance(path, bytes) and not Path(path).is_file():
         raise missing(path, hint)
@@ -282,21 +297,27 @@ def load_pickle(path, encoding="latin1", hint=""):
         return plain(Reader(io.BytesIO(raw), encoding=encoding).load())
     except pickle.UnpicklingError as error:
         if re.fullmatch(r"[\w.<>]+\.[\w.<>]+|an array of dtype.*|text in.*", str(error)):
-            raise ValueError(f"{where} is refused: the pickle asks for {error}, and only numbers, text, containers, "
+            raise ValueError(f"{where} is refused: the pickle asks for {error}, and only numbers, text, "
+                             f"containers, "
                              "arrays and sparse matrices are read") from error
-        raise ValueError(f"{where} is not a pickle, or it is cut ({reason(error)}); copy it again in binary mode") from error
+        raise ValueError(f"{where} is not a pickle, or it is cut ({reason(error)}); copy it again in "
+                         f"binary mode") from error
     except (*DAMAGED, AttributeError, TypeError, IndexError, RecursionError) as error:
-        raise ValueError(f"{where} is not a pickle of data, or it is cut ({reason(error)}); copy it again") from error
+        raise ValueError(f"{where} is not a pickle of data, or it is cut ({reason(error)}); copy it "
+                         f"again") from error
 
 
 def load_object_array(path, hint=""):
-    """An .npy file written from a dict, a list of arrays or an array of objects: its pickle goes through `load_pickle`."""
+    """An .npy file written from a dict, a list of arrays or an array of objects: its pickle goes through
+    `load_pickle`.
+    """
     if not Path(path).is_file():
         raise missing(path, hint)
     with open(path, "rb") as file:
         try:
             version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read = np.lib.format.read_array_header_1_0 if version == (1,
+                                                                      0) else np.lib.format.read_array_header_2_0
             dtype = read(file)[2]
         except DAMAGED as error:
             raise ValueError(f"{path} is not an .npy file, or it is cut ({reason(error)})") from error
@@ -306,7 +327,7 @@ def load_object_array(path, hint=""):
     return found.item() if isinstance(found, np.ndarray) and found.ndim == 0 else found
 
 
-# -- HDF5, which is optional ----------------------------------------------------------------------------------------
+# -- HDF5, which is optional ---------------------------------------------------------------------------------
 
 
 def open_hdf5(path, hint=""):
@@ -316,9 +337,11 @@ def open_hdf5(path, hint=""):
     try:
         import h5py
     except ImportError as error:
-        raise ValueError(f"{path} is an HDF5 file and the package h5py is not installed: type  pip install h5py , or "
+        raise ValueError(f"{path} is an HDF5 file and the package h5py is not installed: type  pip install "
+                         f"h5py , or "
                          "convert the file to .npz where it is") from error
     try:
         return h5py.File(path, "r")
     except DAMAGED as error:
-        raise ValueError(f"{path} is not an HDF5 file, or it is cut ({reason(error)}); copy it again") from error
+        raise ValueError(f"{path} is not an HDF5 file, or it is cut ({reason(error)}); copy it "
+                         f"again") from error

@@ -1,8 +1,10 @@
 """Questions about videos, and the frames or features they are about: the input of DualVGR.
 
     train = load_questions("msvd", root="msvd_qa", split="train")          # list of Question
-    vocabulary = build_vocabulary(train)                                   # the three tables of HCRN's vocab.json
-    encoded = encode(train, vocabulary, split="train")                     # padded ids, answers: HCRN's arrays exactly
+    vocabulary = build_vocabulary(train)                                   # the three tables of HCRN's
+    vocab.json
+    encoded = encode(train, vocabulary, split="train")                     # padded ids, answers: HCRN's
+    arrays exactly
     frames = open_frames("frames.zip")                                     # data/frames.py
     frames.clips(train[0].video, clips=8, frames=16, size=224)             # (8, 16, 3, 224, 224) in [-1, 1]
 
@@ -41,7 +43,7 @@ class Question(NamedTuple):
     correct: int = -1
 
 
-# -- question files -------------------------------------------------------------------------------------------------
+# -- question files ------------------------------------------------------------------------------------------
 
 
 def load_questions(name="builtin", root="", split="train", kind="action", holdout=0.1, seed=0):
@@ -57,14 +59,17 @@ def load_questions(name="builtin", root="", split="train", kind="action", holdou
     if name == "builtin":
         return builtin(split, seed)
     if not root or not Path(root).exists():
-        raise safe.missing(root or f"--root for {name}", f"type  python -m data.prepare {name}  to see where it comes from")
+        raise safe.missing(root or f"--root for {name}", f"type  python -m data.prepare {name}  to see "
+                                                         f"where it comes from")
     root, part = Path(root), {"valid": "val"}.get(split, split)
     if name in ("msvd", "msrvtt"):
-        return msvd(first_of(root / f"{part}_qa.json", root / f"{'clips' if part == 'test' else part}_qa.json"), name)
+        return msvd(first_of(root / f"{part}_qa.json",
+                             root / f"{'clips' if part == 'test' else part}_qa.json"), name)
     if name == "activitynet":
         return activitynet(*(first_of(root / f"{part}_{x}.json", root / f"{part}_{x}.json.gz") for x in "qa"))
     if name == "svqa":
-        return svqa(root / "questions.json", first_of(root / f"{part}_svqa_ids.txt", root / "SVQA_splits" / f"{part}_svqa_ids.txt"))
+        return svqa(root / "questions.json", first_of(root / f"{part}_svqa_ids.txt",
+                                                      root / "SVQA_splits" / f"{part}_svqa_ids.txt"))
     if name == "pororo":
         return [q for q in pororo(root / "qa.json") if split == part_of(q.video)]
     if name == "video_clips":             # 194 questions, too few to split: every part is all of them
@@ -82,7 +87,8 @@ def builtin(split, seed):
     """Questions about the moving shapes of data/quiz.py; `open_frames("builtin")` has their frames."""
     view = quiz.clips(range(FILMS[split]), seed, split)
     rows = zip(view["question"], view["answer"], view["video"], view["type"], strict=True)
-    return [Question(text, answer, str(video), video, kind, str(n)) for n, (text, answer, video, kind) in enumerate(rows)]
+    return [Question(text, answer, str(video), video, kind, str(n)) for n, (text, answer, video,
+                                                                            kind) in enumerate(rows)]
 
 
 def first_of(*files):
@@ -95,7 +101,9 @@ def part_of(video):
 
 
 def msvd(file, name="msvd"):
-    """MSVD-QA's form: [{"answer", "id", "question", "video_id"}, ...]; MSRVTT-QA and CoDraw's questions have it too."""
+    """MSVD-QA's form: [{"answer", "id", "question", "video_id"}, ...]; MSRVTT-QA and CoDraw's questions have
+    it too.
+    """
     prefix = {"msvd": "vid", "msrvtt": "video", "codraw": ""}[name]
     found = []
     for n, row in enumerate(safe.read_json(file, list, "a list of {answer, id, question, video_id}")):
@@ -113,14 +121,16 @@ def check_words(text, file, n):
 
 def table(file, columns, separator="\t"):
     """Rows of a text table with a header that names at least `columns`.   -> [(line, {column: text})]"""
-    reader = csv.DictReader(io.StringIO(safe.read_text(file, f"a table with {', '.join(columns)}")), delimiter=separator,
+    reader = csv.DictReader(io.StringIO(safe.read_text(file, f"a table with {', '.join(columns)}")),
+                            delimiter=separator,
                             quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE)
     if lost := [c for c in columns if c not in (reader.fieldnames or ())]:
         raise ValueError(f"{file} has no column {lost[0]!r}; its first line must name {', '.join(columns)}")
     rows = []
     for row in reader:
         if any(row[c] is None for c in columns):
-            raise ValueError(f"{file}, line {reader.line_num} has {sum(v is not None for v in row.values())} fields, "
+            raise ValueError(f"{file}, line {reader.line_num} has "
+                             f"{sum(v is not None for v in row.values())} fields, "
                              f"expected {len(reader.fieldnames)}")
         rows.append((reader.line_num, row))
     return rows
@@ -146,7 +156,8 @@ def tgif(root, part, kind):
             if correct < 0:
                 raise IndexError("negative")
         except (ValueError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, line {line}: answer {row['answer']!r}, key {row['key']!r} or type is not what "
+            raise ValueError(f"{file}, line {line}: answer {row['answer']!r}, key {row['key']!r} or type "
+                             f"is not what "
                              f"TGIF-QA's {kind} has ({safe.reason(error)})") from error
         found.append(Question(row["question"], answer, row["gif_name"], key, what, row["vid_id"], options,
                               correct if choices else -1))
@@ -155,22 +166,27 @@ def tgif(root, part, kind):
 
 def hqga(file):
     """The FrameQA training part in another form, comma-separated; without the question's final mark."""
-    return [Question(row["question"] + "?", row["answer"], row["video"], int(row["video"]), "frameqa", row["qid"])
+    return [Question(row["question"] + "?", row["answer"], row["video"], int(row["video"]), "frameqa",
+                     row["qid"])
             for _, row in table(file, ["video", "question", "answer", "qid"], ",")]
 
 
 def svqa(file, ids):
-    """questions.json: [{"id", "question", "ans", "program"}, ...]; the type is the function of the program's last step."""
+    """questions.json: [{"id", "question", "ans", "program"}, ...]; the type is the function of the program's
+    last step.
+    """
     wanted = {int(word) for word in safe.read_text(ids, "the video numbers of this part, one a line").split()}
     found = []
-    for n, row in enumerate(safe.read_json(file, list, "SVQA's questions: a list of {id, question, ans, program}")):
+    for n, row in enumerate(safe.read_json(file, list, "SVQA's questions: a list of {id, question, ans, "
+                                                       "program}")):
         safe.check_row(row, {"id": int, "question": str, "program": list}, f"{file}, entry {n}")
         if row["id"] not in wanted:
             continue
         step = row["program"][-1] if row["program"] else None
         safe.check_row(step, {"function": str}, f"{file}, entry {n}, last step of its program")
         check_words(row["question"], file, n)
-        found.append(Question(row["question"], str(row.get("ans", "")), str(row["id"]), row["id"], step["function"], str(n)))
+        found.append(Question(row["question"], str(row.get("ans", "")), str(row["id"]), row["id"],
+                              step["function"], str(n)))
     return found
 
 
@@ -187,26 +203,32 @@ def activitynet(questions, answers):
         answer = told.get(row["question_id"])
         if answer is None or not 0 <= answer["type"] < len(ACTIVITYNET):
             raise ValueError(f"{answers} has no answer of a known type for question {row['question_id']}")
-        found.append(Question(row["question"], answer["answer"], row["video_name"], -1, ACTIVITYNET[answer["type"]],
+        found.append(Question(row["question"], answer["answer"], row["video_name"], -1,
+                              ACTIVITYNET[answer["type"]],
                               row["question_id"]))
     return found
 
 
 def pororo(file):
-    """PororoQA: {"PororoQA": [{qid, question, answer0..answer4, correct_idx, video_name}, ...]}, multiple choice."""
+    """PororoQA: {"PororoQA": [{qid, question, answer0..answer4, correct_idx, video_name}, ...]}, multiple
+    choice.
+    """
     rows = safe.read_json(file, dict, '{"PororoQA": [...]}').get("PororoQA")
     if not isinstance(rows, list):
         raise ValueError(f'{file} must be {{"PororoQA": [...]}}')
     found = []
     for n, row in enumerate(rows):
         keys = [f"answer{k}" for k in range(5)]
-        safe.check_row(row, {"question": str, "correct_idx": int, "video_name": str, **dict.fromkeys(keys, str)}, f"{file}, entry {n}")
+        safe.check_row(row, {"question": str, "correct_idx": int, "video_name": str, **dict.fromkeys(keys,
+                                                                                                     str)},
+                                                                                                     f"{file}, entry {n}")
         check_words(row["question"], file, n)
         if not 0 <= row["correct_idx"] < 5:
             raise ValueError(f"{file}, entry {n}: correct_idx is {row['correct_idx']}, expected 0 to 4")
         choices = tuple(row[key] for key in keys)
         found.append(Question(row["question"], choices[row["correct_idx"]], row["video_name"], -1,
-                              row["question"].split()[0].lower(), str(row.get("qid", n)), choices, row["correct_idx"]))
+                              row["question"].split()[0].lower(), str(row.get("qid", n)), choices,
+                              row["correct_idx"]))
     return found
 
 
@@ -220,7 +242,8 @@ def video_clips(file):
             choices = tuple(row.get("choices", ()))
             if choices and row["answer"] not in choices:
                 raise ValueError(f"{file}, entry {n}: answer {row['answer']!r} is not among its choices")
-            found.append(Question(row["question"], row["answer"], clip["clip"], -1, row["type"], str(row.get("question_id", "")),
+            found.append(Question(row["question"], row["answer"], clip["clip"], -1, row["type"],
+                                  str(row.get("question_id", "")),
                                   choices, choices.index(row["answer"]) if choices else -1))
     return found
 
@@ -230,32 +253,39 @@ def with_videos(questions, names, drop=False):
     names = set(names)
     absent = [q for q in questions if q.video not in names]
     if absent and not drop:
-        raise ValueError(f"{len(absent)} of {len(questions)} questions are about videos that are not here, the first about "
+        raise ValueError(f"{len(absent)} of {len(questions)} questions are about videos that are not here, "
+                         f"the first about "
                          f"{absent[0].video!r}; add its frames, or pass drop=True to leave such questions out")
     kept = [q for q in questions if q.video in names]
     if not kept:
-        raise ValueError(f"none of {len(questions)} questions is about one of the {len(names)} videos here, such as "
+        raise ValueError(f"none of {len(questions)} questions is about one of the {len(names)} videos "
+                         f"here, such as "
                          f"{next(iter(sorted(names)), 'none')!r} (the first asks about "
                          f"{questions[0].video if questions else 'nothing'!r})")
     return kept
 
 
-# -- words and ids --------------------------------------------------------------------------------------------------
+# -- words and ids -------------------------------------------------------------------------------------------
 
 MARKS = re.compile(r"(\.{2,}|--|''|``|[;@#$%&?!*\[\](){}<>«»“”‘’„`—…]|[:,](?!\d))")
-JOINED = {"cannot": 3, "gimme": 3, "gonna": 3, "gotta": 3, "lemme": 3, "wanna": 3, "d'ye": 1, "more'n": 4}   # where to cut
+JOINED = {"cannot": 3, "gimme": 3, "gonna": 3, "gotta": 3, "lemme": 3, "wanna": 3, "d'ye": 1,
+          "more'n": 4}   # where to cut
 
 
 @functools.lru_cache(maxsize=2**16)       # the same choices and questions come again and again
 def words(text):
-    """Tokens as the Treebank rules make them (what nltk's word_tokenize does to one sentence): n't, 's and marks alone."""
+    """Tokens as the Treebank rules make them (what nltk's word_tokenize does to one sentence): n't, 's and
+    marks alone.
+    """
     text = re.sub(r"""(^|[\s(\[{<])("|'')""", r"\1 `` ", text).replace('"', " '' ")
     text = re.sub(r"([^.])\.([\])}>'\s]*)$", r"\1 . \2", MARKS.sub(r" \1 ", text))
     return tuple(token for chunk in text.split() for token in clitics(chunk))
 
 
 def clitics(chunk):
-    """One word without marks, its clitics cut off: cat's -> cat 's, don't -> do n't, dogs' -> dogs ', 'em -> ' em."""
+    """One word without marks, its clitics cut off: cat's -> cat 's, don't -> do n't, dogs' -> dogs ', 'em ->
+    ' em.
+    """
     if chunk in ("``", "''"):
         return [chunk]
     ends = []
@@ -272,8 +302,10 @@ def clitics(chunk):
 def question_words(text):
     """Words of a question, in lower case and without its final question mark.
 
-    # Official code: drops the last character whatever it is. The same where every question ends in "?" (all of MSVD-QA,
-    # MSRVTT-QA and TGIF-QA); ActivityNet-QA has no such mark, and there the official way would cut a letter off.
+    # Official code: drops the last character whatever it is. The same where every question ends in "?" (all
+    of MSVD-QA,
+    # MSRVTT-QA and TGIF-QA); ActivityNet-QA has no such mark, and there the official way would cut a letter
+    off.
     """
     return words(text.lower().strip().removesuffix("?"))
 
@@ -281,15 +313,20 @@ def question_words(text):
 def build_vocabulary(train, most=ANSWERS):
     """HCRN's three tables from the training questions, words in order of appearance.   -> {name: {token: id}}
 
-    question_token_to_idx  <NULL> 0, <UNK> 1, then words;  answer_token_to_idx  <UNK0> 0, <UNK1> 1, then the `most` frequent
-    answers, or for multiple choice the words of all choices;  question_answer_token_to_idx  <NULL>, <UNK>, both together.
+    question_token_to_idx  <NULL> 0, <UNK> 1, then words;  answer_token_to_idx  <UNK0> 0, <UNK1> 1, then the
+                           `most` frequent
+    answers, or for multiple choice the words of all choices;  question_answer_token_to_idx  <NULL>, <UNK>,
+    both together.
     """
     asked = dict.fromkeys(token for q in train for token in question_words(q.text))
     told = dict.fromkeys(token for q in train for choice in q.choices for token in words(choice.lower()))
     if not told:
         told = dict.fromkeys(answer for answer, _ in Counter(q.answer for q in train).most_common(most))
-    number = lambda *tokens: {token: n for n, token in enumerate(dict.fromkeys(tokens))}  # noqa: E731
-    return {"question_token_to_idx": number("<NULL>", "<UNK>", *asked), "answer_token_to_idx": number("<UNK0>", "<UNK1>", *told),
+    def number(*tokens):
+        return {token: n for n, token in enumerate(dict.fromkeys(tokens))}
+
+    return {"question_token_to_idx": number("<NULL>", "<UNK>", *asked),
+            "answer_token_to_idx": number("<UNK0>", "<UNK1>", *told),
             "question_answer_token_to_idx": number("<NULL>", "<UNK>", *told, *asked)}
 
 
@@ -302,18 +339,22 @@ def padded(rows):
 
 
 def encode(questions, vocabulary, split="train"):
-    """HCRN's arrays: questions (N, L), questions_len, answers, video_ids, video_names; choices: ans_candidates (N, 5, L).
+    """HCRN's arrays: questions (N, L), questions_len, answers, video_ids, video_names; choices:
+    ans_candidates (N, 5, L).
 
-    A word that is not in the table is 1. An unknown answer is class 0 in train, where it is learnt, and class 1 in valid
+    A word that is not in the table is 1. An unknown answer is class 0 in train, where it is learnt, and class
+    1 in valid
     and test, which no model ever predicts: always wrong, as it should be.
     """
     choice = bool(questions and questions[0].choices)
     ids = vocabulary["question_answer_token_to_idx" if choice else "question_token_to_idx"]
     rows, lengths = padded([[ids.get(token, 1) for token in question_words(q.text)] for q in questions])
     encoded = {"questions": rows, "questions_len": lengths, "question_id": np.arange(len(questions)),
-               "video_ids": np.array([q.number for q in questions]), "video_names": [q.video for q in questions]}
+               "video_ids": np.array([q.number for q in questions]), "video_names": [q.video
+                                                                                     for q in questions]}
     if choice:
-        flat, sizes = padded([[ids.get(token, 1) for token in words(c.lower())] for q in questions for c in q.choices])
+        flat, sizes = padded([[ids.get(token, 1) for token in words(c.lower())] for q in questions
+                              for c in q.choices])
         encoded |= {"ans_candidates": flat.reshape(len(questions), -1, flat.shape[1]),
                     "ans_candidates_len": sizes.reshape(len(questions), -1)}
         return encoded | {"answers": np.array([q.correct for q in questions])}

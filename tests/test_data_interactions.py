@@ -229,6 +229,9 @@ def test_an_empty_split_is_an_error_and_says_why(tmp_path):
     pack(train=[], val=VALID, test=TEST)
     with pytest.raises(ValueError, match="the train split is empty"):
         load("toy", tmp_path)
+    pack(train=[], val=[], test=[])
+    with pytest.raises(ValueError, match="the train split is empty"):
+        load("toy", tmp_path)
 
 
 @pytest.mark.parametrize(("change", "words"), [

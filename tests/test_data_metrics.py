@@ -150,7 +150,7 @@ def newton_root(matrix):
 
 
 def test_frechet_agrees_with_long_double_arithmetic():
-    """General covariances that do not commute; tr (S_a S_b)^1/2 by an iteration that shares nothing with ours."""
+    """General covariances that do not commute; tr (S_a S_b)^1/2 by an unrelated iteration."""
     rng = np.random.default_rng(3)
     a, b = (rng.normal(size=(40, 6)) @ np.diag(scale) for scale in ([1, 2, 3, 1, 1, 5], [4, 1, 1, 2, 1, 1]))
     wide_a, wide_b = a.astype(np.longdouble), b.astype(np.longdouble) + np.longdouble(0.25)
