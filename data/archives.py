@@ -10,26 +10,24 @@ from data.safe import DAMAGED, missing, reason
 
 
 def members(archive):
-    """(name, size, is folder, open function) of every member of an open zip or tar; links and devices are
-    refused.
-    """
+    """(name, is a folder, open function) of every member of an open zip or tar; links and devices are refused."""
     if isinstance(archive, zipfile.ZipFile):
         for info in archive.infolist():
             if (info.external_attr >> 16) & 0o170000 == 0o120000:
                 raise ValueError(f"member {info.filename!r} is a link")
-            yield info.filename, info.file_size, info.is_dir(), lambda info=info: archive.open(info)
+            yield info.filename, info.is_dir(), lambda info=info: archive.open(info)
     else:
         for info in archive:
             if not (info.isfile() or info.isdir()):
                 raise ValueError(f"member {info.name!r} is a link or a device")
-            yield info.name, info.size, info.isdir(), lambda info=info: archive.extractfile(info)
+            yield info.name, info.isdir(), lambda info=info: archive.extractfile(info)
 
 
 def inside(name):
     """A member's name as a relative path; raises ValueError if it could leave the folder."""
     path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:",
-                                                            name) or "\0" in name or not path.parts:
+    drive = re.match(r"[A-Za-z]:", name)
+    if path.is_absolute() or ".." in path.parts or drive or "\0" in name or not path.parts:
         raise ValueError(f"member {name!r} would be written outside the folder")
     return Path(*path.parts)
 
@@ -38,9 +36,8 @@ def unpack(archive, folder, limit=64 * 2**30):
     """Extract a .zip, .tar, .tar.gz or .tgz into `folder`: all of it or nothing.   -> number of files
 
     Everything is written into a folder aside and its top-level entries are moved at the end. Refused: `../`,
-    absolute
-    names, links, devices, more than `limit` bytes (really written, whatever the headers claim), an entry that
-    exists.
+    absolute names, links, devices, an entry that exists, more than `limit` bytes (really written, whatever the
+    headers claim).
     """
     archive, folder = Path(archive), Path(folder)
     aside, left, count = folder / f".{archive.name}.part", limit, 0
@@ -50,7 +47,7 @@ def unpack(archive, folder, limit=64 * 2**30):
     aside.mkdir(parents=True)
     try:
         with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive) as opened:
-            for name, _, is_folder, open_member in members(opened):
+            for name, is_folder, open_member in members(opened):
                 target = aside / inside(name)
                 (target if is_folder else target.parent).mkdir(parents=True, exist_ok=True)
                 if is_folder:

@@ -17,6 +17,7 @@ from data.parts import FILMS, Lazy, to_tensor
 
 LARGEST = 64 * 2**20                      # bytes of one packed picture: more is not a frame
 VIDEO_FILES = {".mp4", ".avi", ".webm", ".mkv", ".mov"}
+HOW_TO_CUT = "cut films into pictures first, as in  ffmpeg -i video7.mp4 -vf fps=5 frames/video7/%04d.jpg"
 
 
 class Frames:
@@ -36,9 +37,7 @@ class Frames:
         return self.openers[name]()
 
     def clips(self, name, clips=8, frames=16, size=224):
-        """(S, F, 3, size, size) float32 in [-1, 1]: `frames` pictures around each of `clips` centres,
-        squeezed to squares.
-        """
+        """`frames` pictures around each of `clips` centres, squeezed.   -> (S, F, 3, size, size) in [-1, 1]"""
         video = self[name]
         rows = self.rows(len(video), clips, frames)
         kept = {int(n): squeeze(video[int(n)], size) for n in np.unique(rows)}
@@ -49,8 +48,7 @@ def clip_rows(total, clips, frames):
     """Which frames make the clips.   -> (S, F) int64
 
     HCRN: centres c = linspace(0, total, S + 2)[1:-1] in whole numbers, frames c - F/2 .. c + F/2 - 1; before
-    the first
-    and after the last frame that frame is repeated.
+    the first and after the last frame that frame is repeated.
     """
     centres = np.linspace(0, total, clips + 2, dtype=int)[1:-1]
     return np.clip(centres[:, None] - frames // 2 + np.arange(frames), 0, total - 1)
@@ -58,7 +56,9 @@ def clip_rows(total, clips, frames):
 
 def blocks(total, clips, frames):
     """The built-in world's own clips, one after the other, where that is what is asked for."""
-    return np.arange(total).reshape(clips, frames) if total == clips * frames else clip_rows(total, clips, frames)
+    if total != clips * frames:
+        return clip_rows(total, clips, frames)
+    return np.arange(total).reshape(clips, frames)
 
 
 def squeeze(image, size):
@@ -69,8 +69,7 @@ def squeeze(image, size):
 
 
 def open_frames(root, split="train", seed=0):
-    """A folder of folders of pictures, of GIFs or of .npy / .npz files; or one .zip, .gif or .npz.   ->
-    Frames
+    """A folder of folders of pictures, of GIFs or of .npy / .npz files; or one .zip, .gif or .npz.   -> Frames
 
     root    "builtin": the moving shapes of data/quiz.py for this split and seed
     raises  FileNotFoundError or ValueError, when opened or when the damaged video is asked for
@@ -82,12 +81,10 @@ def open_frames(root, split="train", seed=0):
     if root.is_file():
         kinds = {".zip": from_zip, ".gif": lambda file: {file.stem: lambda: gif(file)}, ".npz": from_npz}
         if root.suffix.lower() not in kinds:
-            raise ValueError(f"{root} is not a .zip, .gif or .npz; "
-                             f"{HOW_TO_CUT if root.suffix in VIDEO_FILES else 'see --help'}")
+            raise ValueError(f"{root} is not a .zip, .gif or .npz; {HOW_TO_CUT}")
         return Frames(root, kinds[root.suffix.lower()](root))
     if not root.is_dir():
-        raise safe.missing(root, "a folder with a folder of pictures for each video, a .zip of such, GIFs "
-                                 "or .npz")
+        raise safe.missing(root, "a folder with a folder of pictures for each video, a .zip, GIFs or .npz")
     openers = {}
     for entry in sorted(root.iterdir()):
         if entry.is_dir() and (files := pictures_of(entry)):
@@ -103,9 +100,6 @@ def open_frames(root, split="train", seed=0):
     return Frames(root, openers)
 
 
-HOW_TO_CUT = "cut each into pictures first, for example  ffmpeg -i video7010.mp4 -vf fps=5 frames/video7010/%04d.jpg"
-
-
 def pictures_of(folder):
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in safe.PICTURES - {".gif"})
 
@@ -113,8 +107,8 @@ def pictures_of(folder):
 def film(n, split, seed):
     """Video n of the built-in world, 32 frames of 64 x 64."""
     shown = quiz.film(quiz.clips([n], seed, split, questions=1), [0], size=64)[0]
-    return [Image.fromarray(f) for f in shown.add(1).mul(127.5).round().byte().permute(0, 2, 3,
-                                                                                       1).contiguous().numpy()]
+    levels = shown.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).contiguous()
+    return [Image.fromarray(frame) for frame in levels.numpy()]
 
 
 def from_zip(file):
@@ -122,8 +116,7 @@ def from_zip(file):
     try:
         archive = zipfile.ZipFile(file)
     except safe.DAMAGED as error:
-        raise ValueError(f"{file} is not a zip, or it is cut ({safe.reason(error)}); copy it "
-                         f"again") from error
+        raise ValueError(f"{file} is not a zip, or it is cut ({safe.reason(error)}); copy it again") from error
     videos = {}
     for info in sorted(archive.infolist(), key=lambda info: info.filename):
         parts = info.filename.rsplit("/", 2)
@@ -138,12 +131,11 @@ def from_zip(file):
         try:
             raw = archive.read(info)
         except safe.DAMAGED as error:
-            raise ValueError(f"{file}: {info.filename} is damaged ({safe.reason(error)}); copy the zip "
-                             f"again") from error
+            raise ValueError(f"{file}: {info.filename} is damaged ({safe.reason(error)}); copy it again") from error
         return safe.open_image(raw, f"{file}: {info.filename}")
 
-    return {name: lambda infos=infos: Lazy(len(infos), lambda n: read(infos[n])) for name,
-            infos in videos.items()}
+    return {name: lambda infos=infos: Lazy(len(infos), lambda n: read(infos[n]))
+            for name, infos in videos.items()}
 
 
 def gif(file):
@@ -152,28 +144,26 @@ def gif(file):
         with Image.open(file) as image:
             frames = [safe.on_white(frame.copy()) for frame in ImageSequence.Iterator(image)]
     except (*safe.DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is not a GIF that can be read, or it is cut ({safe.reason(error)}); copy "
-                         f"it again") from error
+        raise ValueError(f"{file} is not a GIF that can be read, or it is cut ({safe.reason(error)}); copy it "
+                         "again") from error
     if len(frames) < 2:
         raise ValueError(f"{file} has a single frame, so nothing in it moves; a video needs at least two")
     return frames
 
 
 def from_npz(file):
-    """`images` uint8 (N, F, h, w, 3), videos named 0, 1, ...; or one array (F, h, w, 3) for each video, by
-    name.
-    """
+    """`images` uint8 (N, F, h, w, 3), videos named 0, 1, ...; or an array (F, h, w, 3) for each, by name."""
     arrays = safe.read_arrays(file)
     if (images := arrays.get("images")) is not None and images.ndim == 5:
         arrays = {str(n): clip for n, clip in enumerate(images)}
-    return {name: lambda clip=clip, name=name: from_array(clip, f"{file}, {name}") for name,
-            clip in arrays.items()}
+    return {name: lambda clip=clip, name=name: from_array(clip, f"{file}, {name}")
+            for name, clip in arrays.items()}
 
 
 def from_array(clip, where):
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or len(clip) < 2:
-        raise ValueError(f"{where} is {clip.dtype} {clip.shape}; a video must be uint8 (frames, height, "
-                         f"width, 3), two frames or more")
+        raise ValueError(f"{where} is {clip.dtype} {clip.shape}; a video must be uint8 (F, h, w, 3), two "
+                         "frames or more")
     return Lazy(len(clip), lambda n: Image.fromarray(clip[n]))
 
 
@@ -181,9 +171,7 @@ def from_array(clip, where):
 
 
 class Features:
-    """Appearance (V, S, F, D) and motion (V, S, D) of V videos, kept as float16; rows are found by the
-    video's number.
-    """
+    """Appearance (V, S, F, D) and motion (V, S, D) of V videos in float16, found by the video's number."""
 
     def __init__(self, ids, appearance, motion, where):
         self.row = {int(number): row for row, number in enumerate(ids)}
@@ -192,17 +180,17 @@ class Features:
     def take(self, numbers):
         """(B, S, F, D), (B, S, D) float32 of the videos with these numbers."""
         if lost := [int(n) for n in numbers if int(n) not in self.row]:
-            raise ValueError(f"{self.where} has no features of video {lost[0]} ({len(lost)} of "
-                             f"{len(numbers)} are absent)")
+            raise ValueError(f"{self.where} has no features of video {lost[0]} ({len(lost)} of {len(numbers)} "
+                             "are absent)")
         rows = [self.row[int(n)] for n in numbers]
         return tuple(torch.from_numpy(x[rows].astype(np.float32)) for x in (self.appearance, self.motion))
 
 
 def load_features(appearance, motion=None):
-    """HCRN's two HDF5 files (needs h5py), or one .npz with ids (V,), appearance (V, S, F, D), motion (V, S,
-    D).   -> Features
+    """HCRN's two HDF5 files (needs h5py), or one .npz with ids, appearance and motion.   -> Features
 
-    The two HDF5 files list the videos in different orders, so rows are matched by their ids.
+    ids (V,), appearance (V, S, F, D), motion (V, S, D). The two HDF5 files list the videos in different orders,
+    so their rows are matched by their ids.
     """
     if motion is None:
         found = safe.read_arrays(appearance, ("ids", "appearance", "motion"))
@@ -212,13 +200,12 @@ def load_features(appearance, motion=None):
         other, move = read_hdf5(motion, "resnext_features")
         row = {int(number): n for n, number in enumerate(other)}
         if set(row) != {int(number) for number in ids}:
-            raise ValueError(f"{appearance} and {motion} are not about the same videos ({len(ids)} and "
-                             f"{len(other)} ids)")
+            raise ValueError(f"{appearance} and {motion} are not about the same videos: {len(ids)} and "
+                             f"{len(other)} ids")
         move = move[[row[int(number)] for number in ids]]
     if look.ndim != 4 or move.ndim != 3 or look.shape[:2] != move.shape[:2] or len(ids) != len(look):
         raise ValueError(f"{appearance}: features are {look.shape} and {move.shape} for {len(ids)} ids; "
-                         f"expected "
-                         "(V, clips, frames, D), (V, clips, D) and V ids")
+                         "expected (V, clips, frames, D), (V, clips, D) and V ids")
     return Features(ids, look.astype(np.float16, copy=False), move.astype(np.float16, copy=False), appearance)
 
 
@@ -235,12 +222,9 @@ def read_hdf5(file, name):
 
 
 def read_glove(file, table):
-    """Word vectors of a vocabulary table {token: row} from glove.*.txt; words without one stay zero.   -> (V,
-    D) float32
-    """
+    """Word vectors of a table {token: row} from glove.*.txt; words without one stay zero.   -> (V, D) float32"""
     if not Path(file).is_file():
-        raise safe.missing(file, "glove.840B.300d.txt; --glove is optional, words then start from random "
-                                 "vectors")
+        raise safe.missing(file, "glove.840B.300d.txt, one word and its numbers a line")
     vectors = None
     with open(file, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
@@ -250,8 +234,7 @@ def read_glove(file, table):
                 try:
                     vectors[table[word]] = [float(value) for value in values]
                 except ValueError as error:
-                    raise ValueError(f"{file}, line {number}: {line!r:.40} is not a word and its "
-                                     f"numbers") from error
+                    raise ValueError(f"{file}, line {number}: {line!r:.40} is not a word and numbers") from error
     if vectors is None:
         raise ValueError(f"{file} is empty")
     return torch.from_numpy(vectors)

@@ -1,15 +1,17 @@
 """Rows, parts and pixels that the loaders of captions, stories and videos share."""
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from data import safe
 from data.batches import seed_from
 
-MARGIN = 76 / 64                      # AttnGAN: the short side is resized to int(size * 76 / 64), then size is cropped
-BUILTIN = {"train": 2**20, "valid": 2048, "test": 4096}       # rows of the built-in world's parts
+MARGIN = 76 / 64                      # AttnGAN: resize the short side to int(size * 76 / 64), then crop size
+BUILTIN = {"train": 2**20, "valid": 2048, "test": 4096}     # rows of the built-in world's parts
 FILMS = {"train": 1000, "valid": 200, "test": 400}            # its videos, eight questions about each
 CACHE = 512 * 2**20                   # bytes of decoded pictures kept in memory
 
@@ -43,9 +45,7 @@ def cropped(fetch, size, flip):
 
 
 def crop(picture, size, flip, seed, row):
-    """A size x size window of a uint8 picture: at random, and mirrored half of the time, or from the
-    centre.
-    """
+    """A size x size window of a uint8 picture: drawn, and mirrored half of the time, or the centre."""
     high, wide = picture.shape[0] - size, picture.shape[1] - size
     if seed is None:
         top, left, mirror = high // 2, wide // 2, False
@@ -57,9 +57,7 @@ def crop(picture, size, flip, seed, row):
 
 
 def shrink(image, size, margin=MARGIN):
-    """RGB Pillow image -> uint8 array whose short side is int(size * margin); bilinear over the covered
-    area.
-    """
+    """RGB Pillow image -> uint8 array whose short side is int(size * margin); bilinear, averaging."""
     short = int(size * margin)
     scale = short / min(image.size)
     target = [short if side == min(image.size) else max(short, int(side * scale)) for side in image.size]
@@ -81,13 +79,35 @@ def cached(decode, budget=CACHE):
     return fetch
 
 
+def read_pack(pictures, texts, ndim):
+    """`images` uint8 (N, ..., h, w, 3) of an .npz with `ndim` axes, and the N rows of its .jsonl.
+
+    -> images, rows (dicts with `captions`; None without texts), the other arrays by name
+    raises ValueError if the two files do not match row by row
+    """
+    arrays = safe.read_arrays(pictures, hint="`images`, uint8 pictures in rows")
+    images = arrays.pop("images", None) if isinstance(arrays, dict) else None
+    shape = "(N, h, w, 3)" if ndim == 4 else "(N, F, h, w, 3)"
+    good = images is not None and images.dtype == np.uint8 and images.ndim == ndim and images.size
+    if not good or images.shape[-1] != 3:
+        raise ValueError(f"{pictures} must hold `images`, uint8 {shape}")
+    if texts is None:
+        return images, None, arrays
+    rows = safe.read_jsonl(texts, {"captions": list}, "one JSON object a row, with its captions")
+    if len(rows) != len(images):
+        raise ValueError(f"{texts} has {len(rows)} lines, {pictures} has {len(images)} rows; they must match")
+    for n, row in enumerate(rows):
+        if row.get("index", n) != n:
+            raise ValueError(f"{texts}, line {n + 1} has index {row['index']}, expected {n}: rows in order")
+        row["captions"] = [text.strip() for text in row["captions"] if isinstance(text, str)]
+    return images, rows, arrays
+
+
 # -- splits --------------------------------------------------------------------------------------------------
 
 
 def set_aside(groups, share):
-    """Rows of whole groups that hold about `share` of all rows; which ones depends on the groups' names
-    alone.
-    """
+    """Rows of whole groups that hold about `share` of all rows; which ones depends on the groups' names."""
     order = sorted(set(groups), key=lambda g: (zlib.crc32(str(g).encode()), str(g)))
     rows_of = {}
     for row, group in enumerate(groups):
@@ -122,11 +142,16 @@ def by_name(data, split):
     rows = [row for row, b in enumerate(bucket) if b in wanted]
     if not rows:
         raise ValueError(f"{data.name}: none of its {len(data)} pictures fell into the {split} part; add "
-                         f"pictures or "
-                         "make folders train/, valid/ and test/")
+                         "pictures or make folders train/, valid/ and test/")
     return data.select(rows)
 
 
-def check_split(split):
+def check_name(name, names, root, split, what):
+    """Raises unless the name is one of `names`, the folder exists (builtin has none), the split is known."""
     if split not in ("train", "valid", "test"):
         raise ValueError(f"split {split!r} is unknown; it is train, valid or test")
+    if name not in names:
+        raise ValueError(f"{what} {name!r} are unknown; there are {', '.join(names)}")
+    if name != "builtin" and not (root and Path(root).exists()):
+        raise safe.missing(root or f"--root for {name}",
+                           f"type  python -m data.prepare {name}  to see where it comes from")

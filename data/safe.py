@@ -1,10 +1,8 @@
 """Files of other people, read without trusting them: text, JSON lines, arrays, pictures, pickles.
 
 Each reader either returns what was asked for or raises one sentence that names the file and what to do. A
-pickle is a
-program: it may only call the stand-ins of this file, which rebuild plain numbers and arrays from bytes, so
-neither
-numpy's nor scipy's code is run by it and scipy need not be installed.
+pickle is a program: it may only call the stand-ins of this file, which rebuild plain numbers and arrays from
+bytes, so neither numpy's nor scipy's code is run by it and scipy need not be installed.
 """
 import codecs
 import gzip
@@ -49,9 +47,8 @@ def read_text(path, hint=""):
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1 if path.suffix != ".gz" else "?"
-        raise ValueError(f"{path}, line {line}: byte {error.object[error.start]:#x} is not UTF-8 text; "
-                         f"save the file "
-                         "as UTF-8") from error
+        raise ValueError(f"{path}, line {line}: byte {error.object[error.start]:#x} is not UTF-8 text; save the "
+                         "file as UTF-8") from error
     except DAMAGED as error:
         raise ValueError(f"{path} is damaged or cut ({reason(error)}); copy it again") from error
 
@@ -94,9 +91,7 @@ def check_row(row, fields, where):
 
 
 def read_arrays(path, names=None, hint=""):
-    """An .npz as a dict of arrays, or an .npy as one array; never a pickle.   names: arrays an .npz must
-    have
-    """
+    """An .npz as a dict of arrays, or an .npy as one array; never a pickle.   names: arrays an .npz must have"""
     if not Path(path).is_file():
         raise missing(path, hint)
     try:
@@ -104,8 +99,7 @@ def read_arrays(path, names=None, hint=""):
             found = np.load(file, allow_pickle=False)
             found = found if isinstance(found, np.ndarray) else {k: found[k] for k in (names or found.files)}
     except DAMAGED as error:
-        raise ValueError(f"{path} is damaged, cut, or not the numpy file that is expected "
-                         f"({reason(error)})") from error
+        raise ValueError(f"{path} is damaged, cut, or not the numpy file expected ({reason(error)})") from error
     if names and not isinstance(found, dict):
         raise ValueError(f"{path} is one array; it must be an .npz with {', '.join(names)}")
     return found
@@ -115,8 +109,7 @@ def read_arrays(path, names=None, hint=""):
 
 
 def open_image(source, where=None, upright=False):
-    """Any picture file (path, bytes or open file) as an RGB Pillow image; whatever is transparent becomes
-    white.
+    """Any picture file (path, bytes or open file) as an RGB Pillow image; whatever is transparent becomes white.
 
     where     the name used in error messages, if `source` is not a path
     upright   turn photographs as their EXIF tag says; leave False where boxes or labels use the stored pixels
@@ -130,9 +123,8 @@ def open_image(source, where=None, upright=False):
             image = ImageOps.exif_transpose(image) if upright else image
             return on_white(image)
     except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(f"{where} is not a picture that can be read, or it is cut ({reason(error)}); copy "
-                         f"it again "
-                         "or take it out of the list") from error
+        raise ValueError(f"{where} is not a picture that can be read, or it is cut ({reason(error)}); copy it "
+                         "again or take it out of the list") from error
 
 
 def on_white(image):
@@ -182,9 +174,7 @@ class Array:
 
 
 class Sparse:
-    """Stand-in for a scipy.sparse matrix, which becomes {"format", "shape", "data", ...}: a dict of
-    arrays.
-    """
+    """Stand-in for a scipy.sparse matrix, which becomes {"format", "shape", "data", ...}: a dict of arrays."""
 
     def __setstate__(self, state):
         self.fields = state
@@ -250,9 +240,7 @@ class Reader(pickle.Unpickler):
 
 
 def plain(value):
-    """Replace every stand-in inside lists, dicts and tuples by what it stands for; shared parts stay
-    shared.
-    """
+    """Replace every stand-in inside lists, dicts and tuples by what it stands for; shared parts stay shared."""
     done = {}
 
     def visit(x):
@@ -278,15 +266,13 @@ def plain(value):
 
 
 def load_pickle(path, encoding="latin1", hint=""):
-    """A pickle of numbers, text, builtin containers, numpy arrays and scipy matrices; everything else is
-    refused.
+    """A pickle of numbers, text, builtin containers, numpy arrays and scipy matrices; all else is refused.
 
-    path      a file, or bytes. Sparse matrices come back as {"format", "shape", "data", "row", "col" |
-              "indices", "indptr"}
+    path      a file, or bytes. A sparse matrix comes back as a dict: format, shape, data, and row, col (coo) or
+              indices, indptr (csr, csc)
     encoding  of Python 2 strings: "latin1" keeps the bytes of arrays, "ascii" is stricter
     raises    ValueError that names the file and the class it asked for
-    A protocol-0 pickle that went through a Windows checkout (CR LF at every line's end) is repaired on the
-    way in.
+    A protocol-0 pickle that went through a Windows checkout (CR LF at every line's end) is repaired on the way.
     """
     if not isinstance(path, bytes) and not Path(path).is_file():
         raise missing(path, hint)
@@ -298,27 +284,22 @@ def load_pickle(path, encoding="latin1", hint=""):
     except pickle.UnpicklingError as error:
         if re.fullmatch(r"[\w.<>]+\.[\w.<>]+|an array of dtype.*|text in.*", str(error)):
             raise ValueError(f"{where} is refused: the pickle asks for {error}, and only numbers, text, "
-                             f"containers, "
-                             "arrays and sparse matrices are read") from error
-        raise ValueError(f"{where} is not a pickle, or it is cut ({reason(error)}); copy it again in "
-                         f"binary mode") from error
+                             "containers, arrays and sparse matrices are read") from error
+        raise ValueError(f"{where} is not a pickle, or it is cut ({reason(error)}); copy it again in binary "
+                         "mode") from error
     except (*DAMAGED, AttributeError, TypeError, IndexError, RecursionError) as error:
-        raise ValueError(f"{where} is not a pickle of data, or it is cut ({reason(error)}); copy it "
-                         f"again") from error
+        raise ValueError(f"{where} is not a pickle of data, or it is cut ({reason(error)}); copy it again") from error
 
 
 def load_object_array(path, hint=""):
-    """An .npy file written from a dict, a list of arrays or an array of objects: its pickle goes through
-    `load_pickle`.
-    """
+    """An .npy file of a dict, a list of arrays or an array of objects: its pickle goes through `load_pickle`."""
     if not Path(path).is_file():
         raise missing(path, hint)
     with open(path, "rb") as file:
         try:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1,
-                                                                      0) else np.lib.format.read_array_header_2_0
-            dtype = read(file)[2]
+            headers = np.lib.format
+            first = headers.read_magic(file) == (1, 0)
+            dtype = (headers.read_array_header_1_0 if first else headers.read_array_header_2_0)(file)[2]
         except DAMAGED as error:
             raise ValueError(f"{path} is not an .npy file, or it is cut ({reason(error)})") from error
         if not dtype.hasobject:
@@ -337,11 +318,9 @@ def open_hdf5(path, hint=""):
     try:
         import h5py
     except ImportError as error:
-        raise ValueError(f"{path} is an HDF5 file and the package h5py is not installed: type  pip install "
-                         f"h5py , or "
-                         "convert the file to .npz where it is") from error
+        raise ValueError(f"{path} is an HDF5 file and the package h5py is not installed: type  pip install h5py "
+                         ", or convert the file to .npz where it is") from error
     try:
         return h5py.File(path, "r")
     except DAMAGED as error:
-        raise ValueError(f"{path} is not an HDF5 file, or it is cut ({reason(error)}); copy it "
-                         f"again") from error
+        raise ValueError(f"{path} is not an HDF5 file, or it is cut ({reason(error)}); copy it again") from error

@@ -1,8 +1,7 @@
 """Frames with sentences, in order: the input of StoryImager.
 
     data = load("codraw", root="codraw", split="train", size=64)
-    data.frames([3, 5], seed=7)      (2, F, 3, 64, 64) in [-1, 1]; the frame drawn from a strip depends on
-                                     (seed, row)
+    data.frames([3, 5], seed=7)      (2, F, 3, 64, 64) in [-1, 1]; (seed, row) picks one of a scene's pictures
     data.captions[3]                 its F sentences
 
 NAMES says which layouts are read; `python -m data.prepare NAME` says where each data set comes from.
@@ -20,14 +19,11 @@ from PIL import Image
 
 from data import safe, views, world
 from data.batches import seed_from
-from data.parts import BUILTIN, Lazy, check_split, to_tensor, two_parts
+from data.parts import BUILTIN, Lazy, check_name, read_pack, to_tensor, two_parts
 
 NAMES = ("builtin", "codraw", "clevr", "pororo", "flintstones", "hdf5")
-PORORO = ("Pororo", "Loopy", "Crong", "Eddy", "Poby", "Petty", "Tongtong", "Rody",
-          "Harry")      # UNVERIFIED order
-FLINTSTONES = ("Wilma", "Fred", "Betty", "Barney", "Dino", "Pebbles", "Mr Slate")
-CLEVR = {"shape": ("cube", "sphere", "cylinder"),
-                                                        # columns 0..14 of a block
+FLINTSTONES = ("Wilma", "Fred", "Betty", "Barney", "Dino", "Pebbles", "Mr Slate")     # flags of labels.pkl
+CLEVR = {"shape": ("cube", "sphere", "cylinder"),                      # columns 0..14 of a block, one-hot
          "colour": ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow"),
          "material": ("rubber", "metal"), "size": ("large", "small")}
 
@@ -46,59 +42,45 @@ class Stories:
         return len(self.names)
 
     def frames(self, rows, seed=None):
-        """(B, F, 3, size, size) float32 in [-1, 1].   seed: which frame of each strip, with (row, f); None:
-        the middle
-        """
+        """(B, F, 3, size, size) float32 in [-1, 1].   seed: picks one of each scene; None: the middle"""
         return self.pictures([int(row) for row in rows], seed)
 
     def select(self, rows):
         """The same data set, only these rows."""
         rows = [int(row) for row in rows]
-        return Stories(self.name, self.size, [self.captions[row] for row in rows], [self.names[row]
-                                                                                    for row in rows],
-                       lambda picked, seed: self.pictures([rows[p] for p in picked], seed),
-                       {key: [values[row] for row in rows] for key, values in self.extra.items()})
+        extra = {key: [values[row] for row in rows] for key, values in self.extra.items()}
+        return Stories(self.name, self.size, [self.captions[r] for r in rows], [self.names[r] for r in rows],
+                       lambda picked, seed: self.pictures([rows[p] for p in picked], seed), extra)
 
 
 def load(name="builtin", root="", split="train", size=64, seed=0, holdout=0.1, frames=4, looks="fixed"):
     """Open a data set by name.   -> Stories
 
     root      its folder; for "hdf5" AR-LDM's file
-    frames, looks    builtin: frames of a story; whether a name's looks are "fixed" or dealt anew in each
-                     "story"
-    split     train, valid, test. codraw and clevr have two parts here: the second is test, valid is `holdout`
-              of train
+    split     train, valid, test. codraw and clevr have two parts: the second is test, valid is cut from train
+    frames    builtin: how many; looks: a name's looks are "fixed", or dealt anew in each "story"
     raises    FileNotFoundError or ValueError: one sentence with the file, the row and what was expected
     """
-    check_split(split)
-    if name not in NAMES:
-        raise ValueError(f"stories {name!r} are unknown; there are {', '.join(NAMES)}")
+    check_name(name, NAMES, root, split, "stories")
+    root = Path(root)
     if name == "builtin":
         return builtin(split, size, seed, frames, looks)
-    if not root or not Path(root).exists():
-        raise safe.missing(root or f"--root for {name}", f"type  python -m data.prepare {name}  to see "
-                                                         f"where it comes from")
-    root = Path(root)
-    if name == "codraw" or (name == "clevr" and not (root / "images").is_dir()):
-        return two_parts(lambda part: pack(name, root, part, size), ("train", "val"), split, holdout,
-                         lambda d: d.names)
-    if name == "clevr":
-        return two_parts(lambda part: clevr(root, part, size), ("train", "val"), split, holdout,
-                         lambda d: d.names)
+    if name in ("codraw", "clevr"):
+        read = clevr if (root / "images").is_dir() else pack
+        return two_parts(lambda part: read(name, root, part, size), ("train", "val"), split, holdout,
+                         lambda data: data.names)
     return {"pororo": pororo, "flintstones": flintstones, "hdf5": hdf5}[name](root, split, size)
 
 
 def builtin(split, size, seed, frames, looks):
-    """Stories of the world's eight characters (data/views.py); extra["view"][row] holds who, where and which
-    pronouns.
-    """
-    n = BUILTIN[split]
+    """Stories of the world's eight characters; extra["view"][row] says who is where, and which pronouns."""
     def view(rows):
         return views.stories(rows, seed, split, frames, looks)
 
     def draw(rows, _):
         return world.render(view(rows)["scene"], size)[0].view(-1, frames, 3, size, size)
 
+    n = BUILTIN[split]
     return Stories("builtin", size, Lazy(n, lambda row: view([row])["sentences"][0]), range(n), draw,
                    {"view": Lazy(n, lambda row: view([row]))})
 
@@ -108,24 +90,15 @@ def builtin(split, size, seed, frames, looks):
 
 def pack(name, root, part, size):
     """stories64_PART.npz with `images` uint8 (N, F, h, w, 3); stories_PART.jsonl with F `captions` a line."""
-    file, texts = root / f"stories64_{part}.npz", root / f"stories_{part}.jsonl"
-    arrays = safe.read_arrays(file, hint="images, uint8 (N, F, h, w, 3)")
-    images = arrays.get("images") if isinstance(arrays, dict) else None
-    if images is None or images.dtype != np.uint8 or images.ndim != 5 or images.shape[-1] != 3:
-        raise ValueError(f"{file} must hold `images`, uint8 (N, F, h, w, 3)")
-    rows = safe.read_jsonl(texts, {"captions": list}, "one line a story, with its captions")
-    if len(rows) != len(images):
-        raise ValueError(f"{texts} has {len(rows)} lines, {file} has {len(images)} stories; they must "
-                         f"match row by row")
+    texts = root / f"stories_{part}.jsonl"
+    images, rows, arrays = read_pack(root / f"stories64_{part}.npz", texts, 5)
     for n, row in enumerate(rows):
         check_captions(row["captions"], images.shape[1], f"{texts}, line {n + 1}")
-        if row.get("index", n) != n:
-            raise ValueError(f"{texts}, line {n + 1} has index {row['index']}, expected {n}: its rows must "
-                             f"be in order")
-    extra = {key: [row[key] for row in rows] for key in ("objects",) if all(key in row for row in rows)}
+    extra = {"objects": [row["objects"] for row in rows]} if all("objects" in row for row in rows) else {}
     if "attributes" in arrays:
         extra["attributes"] = list(arrays["attributes"])
     names = [str(row.get("id", row.get("story", n))) for n, row in enumerate(rows)]
+
     def frames(row, seed):
         return [square(Image.fromarray(frame), size) for frame in images[row]]
 
@@ -148,17 +121,13 @@ def stacked(frames):
     return lambda rows, seed: torch.stack([to_tensor(frames(row, seed)) for row in rows])
 
 
-def clevr(root, part, size):
-    """StoryGAN's folder: images/CLEVR_new_<number>_<1-4>.png and CLEVR_dict.npy, sentences written from the
-    attributes.
+def clevr(name, root, part, size):
+    """StoryGAN's folder: images/CLEVR_new_<number>_<1-4>.png, CLEVR_dict.npy; sentences from the attributes.
 
-    The published sample names no parts; stories are taken in order, the last fifth being the second part
-    [ours].
+    The published sample names no parts: stories are taken in order, the last fifth is the second part [ours].
     """
-    table = safe.load_object_array(root / "CLEVR_dict.npy", "the attributes of CLEVR-SV: picture name -> "
-                                                            "75 numbers")
-    table = {Path(str(key)).stem: np.asarray(value, dtype=np.float32).reshape(-1) for key,
-             value in table.items()}
+    table = safe.load_object_array(root / "CLEVR_dict.npy", "the 75 attributes of each picture by its name")
+    table = {Path(str(key)).stem: np.asarray(row, dtype=np.float32).reshape(-1) for key, row in table.items()}
     numbers = sorted({key.rsplit("_", 1)[0] for key in table})
     cut = len(numbers) * 4 // 5
     numbers = numbers[:cut] if part == "train" else numbers[cut:]
@@ -169,11 +138,12 @@ def clevr(root, part, size):
         if not file.is_file():
             raise safe.missing(file, "CLEVR_dict.npy lists it")
     attributes = [np.stack([table[file.stem] for file in story]) for story in files]
+
     def frames(row, seed):
         return [square(safe.open_image(file), size) for file in files[row]]
 
-    return Stories("clevr", size, [clevr_captions(a) for a in attributes], numbers, stacked(frames),
-                   {"attributes": attributes})
+    told = [clevr_captions(blocks) for blocks in attributes]
+    return Stories(name, size, told, numbers, stacked(frames), {"attributes": attributes})
 
 
 def clevr_captions(attributes):
@@ -184,12 +154,10 @@ def clevr_captions(attributes):
         for name, values in CLEVR.items():
             hot = block[start : start + len(values)]
             if sorted(hot.tolist()) != [0] * (len(values) - 1) + [1]:
-                raise ValueError(f"CLEVR-SV attributes, block {t}: {name} is {hot.tolist()}, expected a "
-                                 f"single 1")
+                raise ValueError(f"CLEVR-SV attributes, block {t}: {name} is {hot.tolist()}, expected one 1")
             words[name], start = values[int(hot.argmax())], start + len(values)
-        told.append(f"a {words['size']} {words['colour']} {words['material']} {words['shape']} is added at "
-                    f"position "
-                    f"{block[15]:.1f} , {block[16]:.1f} .")
+        thing = " ".join(words[name] for name in ("size", "colour", "material", "shape"))
+        told.append(f"a {thing} is added at position {block[15]:.1f} , {block[16]:.1f} .")
     return told
 
 
@@ -197,52 +165,52 @@ def clevr_captions(attributes):
 
 
 def pororo_descriptions(file):
-    """descriptions.csv: rows `episode,scene,description` without a header.   -> {"episode/scene":
-    [sentences]}
-    """
+    """descriptions.csv: rows `episode,scene,description`, no header.   -> {"episode/scene": [sentences]}"""
     found = {}
-    rows = csv.reader(io.StringIO(safe.read_text(file, "the descriptions of PororoSV: "
-                                                       "episode,scene,description")))
-    for number, row in enumerate(rows, 1):
+    text = safe.read_text(file, "the descriptions of PororoSV: episode,scene,description")
+    for number, row in enumerate(csv.reader(io.StringIO(text)), 1):
         if len(row) != 3 or not row[2].strip():
-            raise ValueError(f"{file}, row {number}: {','.join(row)!r:.60} is not "
-                             f"'episode,scene,description'")
+            raise ValueError(f"{file}, row {number}: {','.join(row)!r:.60} is not episode,scene,description")
         found.setdefault(f"{row[0]}/{row[1]}", []).append(" ".join(row[2].split()))
     return found
 
 
 def pororo(root, split, size):
-    """The StoryGAN folder: five scenes a story, each a vertical strip of frames; the lists are three .npy
-    files.
-    """
-    first, later = (safe.load_object_array(root / name, "the list of stories")
-                    for name in ("img_cache4.npy", "following_cache4.npy"))
-    ids = safe.load_object_array(root / "train_seen_unseen_ids.npy", "the stories of train, valid and test")
-    if len(first) != len(later) or len(ids) != 3:
-        raise ValueError(f"{root}: img_cache4.npy has {len(first)} stories, following_cache4.npy "
-                         f"{len(later)} and "
-                         f"train_seen_unseen_ids.npy {len(ids)} parts; the first two must agree, the last "
-                         f"must be 3")
-    scenes = [[plain_path(first[n]), *map(plain_path, later[n])] for n in ids[("train", "valid",
-                                                                               "test").index(split)]]
-    table = (pororo_descriptions(root / "descriptions.csv") if (root / "descriptions.csv").is_file()
-             else safe.load_object_array(root / "descriptions.npy", "or descriptions.csv"))
+    """StoryGAN's folder: five scenes a story, each a vertical strip of frames; three .npy files list them."""
+    scenes = pororo_scenes(root, ("train", "valid", "test").index(split))
+    if (root / "descriptions.csv").is_file():
+        table = pororo_descriptions(root / "descriptions.csv")
+    else:
+        table = safe.load_object_array(root / "descriptions.npy", "or descriptions.csv")
     keys = [["/".join(Path(scene).with_suffix("").parts[-2:]) for scene in story] for story in scenes]
     for key in (key for story in keys for key in story):
         if not table.get(key):
             raise ValueError(f"{root}: the scene {key} is part of a story and has no description")
+    extra = {"descriptions": [[list(table[key]) for key in story] for story in keys]}
+    if (root / "labels.npy").is_file():
+        flags = safe.load_object_array(root / "labels.npy")
+        extra["characters"] = flags_of(flags, keys, root / "labels.npy")
+
+    def frames(row, seed):
+        strips = [(safe.open_image(root / scene), root / scene) for scene in scenes[row]]
+        return [square(one_of_strip(*strip, seed, row, f), size) for f, strip in enumerate(strips)]
+
+    told = [[texts[0] for texts in story] for story in extra["descriptions"]]
+    return Stories("pororo", size, told, [story[0] for story in keys], stacked(frames), extra)
+
+
+def pororo_scenes(root, part):
+    """The five pictures of each story of a part (0, 1, 2: train, valid, test).   -> N lists of paths"""
+    first, later, ids = (safe.load_object_array(root / name, "one of the three lists of stories") for name in
+                         ("img_cache4.npy", "following_cache4.npy", "train_seen_unseen_ids.npy"))
+    if len(first) != len(later) or len(ids) != 3:
+        raise ValueError(f"{root}: img_cache4.npy has {len(first)} stories, following_cache4.npy {len(later)} "
+                         f"and train_seen_unseen_ids.npy {len(ids)} parts; expected as many, and 3 parts")
+    scenes = [[plain_path(first[n]), *map(plain_path, later[n])] for n in ids[part]]
     for scene in (scene for story in scenes for scene in story):
         if not (root / scene).is_file():
             raise safe.missing(root / scene, "img_cache4.npy and following_cache4.npy list it")
-    extra = {"descriptions": [[list(table[key]) for key in story] for story in keys]}
-    if (root / "labels.npy").is_file():
-        extra["characters"] = flags_of(safe.load_object_array(root / "labels.npy"), keys, root / "labels.npy")
-    def frames(row, seed):
-        return [square(one_of_strip(safe.open_image(root / scene), root / scene, seed, row, f), size)
-
-                                for f, scene in enumerate(scenes[row])]
-    return Stories("pororo", size, [[texts[0] for texts in story] for story in extra["descriptions"]],
-                   [story[0] for story in keys], stacked(frames), extra)
+    return scenes
 
 
 def flags_of(table, stories, file):
@@ -266,8 +234,8 @@ def one_of_strip(strip, where, seed, row, f):
     """One square of a vertical strip: drawn from (seed, row, f), or the middle one."""
     side, count = strip.width, strip.height // strip.width
     if not count or strip.height % side:
-        raise ValueError(f"{where} is {strip.width} x {strip.height} pixels; a strip's height is a "
-                         f"multiple of its width")
+        raise ValueError(f"{where} is {strip.width} x {strip.height} pixels; a strip's height is a multiple "
+                         "of its width")
     n = count // 2 if seed is None else seed_from(seed, row, f) % count
     return strip.crop((0, n * side, side, (n + 1) * side))
 
@@ -276,24 +244,22 @@ def one_of_strip(strip, where, seed, row, f):
 
 
 def following(shots, frames=5):
-    """Stories of consecutive shots: {shot: the next frames - 1 of its episode}; shots near an episode's end
-    start none.
-    """
+    """{shot: the next frames - 1 shots of its episode}; the last ones of an episode start no story."""
     episodes = {}
     for shot in sorted(shots):
         match = re.fullmatch(r"(s_\d+_e_\d+)_shot_(\d+)_(\d+)", shot)
         if not match:
             raise ValueError(f"{shot!r} is not the id of a shot such as s_01_e_26_shot_000055_000129")
         episodes.setdefault(match[1], []).append(shot)
-    return {shot: list(row[n + 1 : n + frames]) for row in episodes.values() for n,
-            shot in enumerate(row[: 1 - frames or None])}
+    return {row[n]: row[n + 1 : n + frames]
+            for row in episodes.values() for n in range(len(row) - frames + 1)}
 
 
 def flintstones_captions(file):
     """val.tsv: a header, then `shot <TAB> text`.   -> {shot: text}"""
     found = {}
-    for number, line in enumerate(safe.read_text(file, "lines of a shot id, a tab and its "
-                                                       "caption").splitlines()[1:], 2):
+    lines = safe.read_text(file, "lines of a shot id, a tab and its caption").splitlines()
+    for number, line in enumerate(lines[1:], 2):
         shot, tab, text = line.partition("\t")
         if not tab or not text.strip():
             raise ValueError(f"{file}, line {number}: {line!r:.60} is not a shot id, a tab and its caption")
@@ -302,9 +268,7 @@ def flintstones_captions(file):
 
 
 def written_stories(file):
-    """Stories without pictures, one JSON object a line.   -> [{"episode", "frames": [{"caption",
-    "characters"}, ...]}, ...]
-    """
+    """Stories without pictures.   -> [{"episode", "frames": [{"caption", "characters"}, ...]}, ...]"""
     rows = safe.read_jsonl(file, {"episode": str, "frames": list}, "one line a story: episode and frames")
     for n, row in enumerate(rows, 1):
         for frame in row["frames"]:
@@ -313,53 +277,54 @@ def written_stories(file):
 
 
 def flintstones(root, split, size):
-    """Shots of flintstones_annotations_v1-0.json with their four followers; frames in
-    video_frames_sampled/<shot>.npy.
-    """
-    file = root / "flintstones_annotations_v1-0.json"
-    told = {}
-    for n, row in enumerate(safe.read_json(file, list, "the annotations of FlintstonesSV")):
-        safe.check_row(row, {"globalID": str, "description": str}, f"{file}, entry {n}")
-        told[row["globalID"]] = row["description"].strip()
-    parts = safe.read_json(root / "train-val-test_split.json", dict, "lists of shots under train, val and test")
-    part = parts.get({"valid": "val"}.get(split, split))
+    """Shots of flintstones_annotations_v1-0.json, their four followers, video_frames_sampled/<shot>.npy."""
+    told = flintstones_told(root / "flintstones_annotations_v1-0.json")
+    part = safe.read_json(root / "train-val-test_split.json", dict).get({"valid": "val"}.get(split, split))
     if not isinstance(part, list):
         raise ValueError(f"{root / 'train-val-test_split.json'} needs lists under train, val and test")
     cache = root / "following_cache4.pkl"
     later = safe.load_pickle(cache) if cache.is_file() else following(told)
     stories = [[shot, *later[shot]] for shot in part if len(later.get(shot, ())) == 4]
-    for shot in (shot for story in stories for shot in story):
+    files = {shot: root / "video_frames_sampled" / f"{shot}.npy" for story in stories for shot in story}
+    for shot, file in files.items():
         if not told.get(shot):
-            raise ValueError(f"{file} has no description of shot {shot}, which is part of a story")
-        if not (root / "video_frames_sampled" / f"{shot}.npy").is_file():
-            raise safe.missing(root / "video_frames_sampled" / f"{shot}.npy", "uint8 (frames, 128, 128, 3)")
+            raise ValueError(f"{root}: the annotations do not describe shot {shot}, which is part of a story")
+        if not file.is_file():
+            raise safe.missing(file, "uint8 (frames, 128, 128, 3)")
     extra = {}
     if (root / "labels.pkl").is_file():
         extra["characters"] = flags_of(safe.load_pickle(root / "labels.pkl"), stories, root / "labels.pkl")
 
-    def frame(shot, seed, row, f):
-        clip = safe.read_arrays(root / "video_frames_sampled" / f"{shot}.npy")
-        if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not len(clip):
-            raise ValueError(f"{shot}.npy is {clip.dtype} {clip.shape}; it must be uint8 (frames, height, "
-                             f"width, 3)")
-        return square(Image.fromarray(clip[len(clip) // 2 if seed is None else seed_from(seed, row,
-                                                                                         f) % len(clip)]), size)
-
     def frames(row, seed):
-        return [frame(shot, seed, row, f) for f, shot in enumerate(stories[row])]
+        return [one_of_clip(files[shot], size, seed, row, f) for f, shot in enumerate(stories[row])]
 
-    return Stories("flintstones", size, [[told[s] for s in story] for story in stories],
-                   [s[0] for s in stories],
-                   stacked(frames), extra)
+    sentences = [[told[shot] for shot in story] for story in stories]
+    return Stories("flintstones", size, sentences, [story[0] for story in stories], stacked(frames), extra)
+
+
+def flintstones_told(file):
+    """{shot: description} of the annotations."""
+    told = {}
+    for n, row in enumerate(safe.read_json(file, list, "the annotations of FlintstonesSV")):
+        safe.check_row(row, {"globalID": str, "description": str}, f"{file}, entry {n}")
+        told[row["globalID"]] = row["description"].strip()
+    return told
+
+
+def one_of_clip(file, size, seed, row, f):
+    """One frame of a shot: drawn from (seed, row, f), or the middle one."""
+    clip = safe.read_arrays(file)
+    if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not len(clip):
+        raise ValueError(f"{file} is {clip.dtype} {clip.shape}; it must be uint8 (frames, height, width, 3)")
+    n = len(clip) // 2 if seed is None else seed_from(seed, row, f) % len(clip)
+    return square(Image.fromarray(clip[n]), size)
 
 
 # -- AR-LDM's HDF5 -------------------------------------------------------------------------------------------
 
 
 def hdf5(file, split, size):
-    """Groups train, val, test with image0..image4 (PNG bytes of a strip) and text (five captions joined by
-    "|").
-    """
+    """Groups train, val, test: image0..image4 (PNG bytes of a strip), text (five captions joined by "|")."""
     opened = safe.open_hdf5(file, "AR-LDM's pororo.h5 or flintstones.h5")
     part = {"valid": "val"}.get(split, split)
     wanted = [f"image{f}" for f in range(5)] + ["text"]
@@ -372,8 +337,8 @@ def hdf5(file, split, size):
         check_captions(row, 5, f"{file}, {part}/text {n}")
 
     def frames(row, seed):
-        return [square(one_of_strip(safe.open_image(bytes(group[f"image{f}"][row]),
-                                                    f"{file}, {part}/image{f} {row}"),
-                                    file, seed, row, f), size) for f in range(5)]
+        places = [f"{file}, {part}/image{f} {row}" for f in range(5)]
+        strips = [safe.open_image(bytes(group[f"image{f}"][row]), places[f]) for f in range(5)]
+        return [square(one_of_strip(strips[f], places[f], seed, row, f), size) for f in range(5)]
 
     return Stories("hdf5", size, captions, [str(n) for n in range(len(captions))], stacked(frames))

@@ -1,12 +1,10 @@
 """Questions about videos, and the frames or features they are about: the input of DualVGR.
 
-    train = load_questions("msvd", root="msvd_qa", split="train")          # list of Question
-    vocabulary = build_vocabulary(train)                                   # the three tables of HCRN's
-    vocab.json
-    encoded = encode(train, vocabulary, split="train")                     # padded ids, answers: HCRN's
-    arrays exactly
-    frames = open_frames("frames.zip")                                     # data/frames.py
-    frames.clips(train[0].video, clips=8, frames=16, size=224)             # (8, 16, 3, 224, 224) in [-1, 1]
+    train = load_questions("msvd", root="msvd_qa", split="train")     # list of Question
+    vocabulary = build_vocabulary(train)                              # the three tables of HCRN's vocab.json
+    encoded = encode(train, vocabulary, split="train")                # padded ids, answers: HCRN's arrays
+    frames = open_frames("frames.zip")                                # data/frames.py
+    frames.clips(train[0].video, clips=8, frames=16, size=224)        # (8, 16, 3, 224, 224) in [-1, 1]
 
 NAMES says which question files are read; `python -m data.prepare NAME` says where each data set comes from.
 """
@@ -22,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import quiz, safe
-from data.parts import FILMS, check_split, set_aside
+from data.parts import FILMS, check_name, set_aside
 
 NAMES = ("builtin", "msvd", "msrvtt", "tgif", "svqa", "activitynet", "codraw", "pororo", "video_clips")
 KINDS = ("action", "transition", "count", "frameqa")                       # of TGIF-QA
@@ -53,31 +51,31 @@ def load_questions(name="builtin", root="", split="train", kind="action", holdou
     holdout   share of the training videos that become "valid" where the set has only two parts (tgif, codraw)
     raises    FileNotFoundError or ValueError: one sentence with the file, the entry and what was expected
     """
-    check_split(split)
-    if name not in NAMES:
-        raise ValueError(f"questions {name!r} are unknown; there are {', '.join(NAMES)}")
+    check_name(name, NAMES, root, split, "questions")
+    root, part = Path(root), {"valid": "val"}.get(split, split)
     if name == "builtin":
         return builtin(split, seed)
-    if not root or not Path(root).exists():
-        raise safe.missing(root or f"--root for {name}", f"type  python -m data.prepare {name}  to see "
-                                                         f"where it comes from")
-    root, part = Path(root), {"valid": "val"}.get(split, split)
-    if name in ("msvd", "msrvtt"):
-        return msvd(first_of(root / f"{part}_qa.json",
-                             root / f"{'clips' if part == 'test' else part}_qa.json"), name)
+    if name in ("msvd", "msrvtt"):        # clips_qa.json: the test questions of a few clips
+        return msvd(first_of(root / f"{part}_qa.json", *[root / "clips_qa.json"] * (part == "test")), name)
     if name == "activitynet":
         return activitynet(*(first_of(root / f"{part}_{x}.json", root / f"{part}_{x}.json.gz") for x in "qa"))
     if name == "svqa":
-        return svqa(root / "questions.json", first_of(root / f"{part}_svqa_ids.txt",
-                                                      root / "SVQA_splits" / f"{part}_svqa_ids.txt"))
+        ids = f"{part}_svqa_ids.txt"
+        return svqa(root / "questions.json", first_of(root / ids, root / "SVQA_splits" / ids))
     if name == "pororo":
         return [q for q in pororo(root / "qa.json") if split == part_of(q.video)]
     if name == "video_clips":             # 194 questions, too few to split: every part is all of them
         return video_clips(root / "clips.json")
-    read = (lambda part: tgif(root, part, kind)) if name == "tgif" else (
-        lambda part: msvd(root / f"qa_{'train' if part == 'train' else 'val'}.json", name))
+    return two_files(name, root, split, kind, holdout)
+
+
+def two_files(name, root, split, kind, holdout):
+    """TGIF-QA and CoDraw: the second file is test, and questions about some videos of the first are valid."""
+    def read(part):
+        return tgif(root, part, kind) if name == "tgif" else msvd(root / f"qa_{part}.json", name)
+
     if split == "test":
-        return read("test")
+        return read("test" if name == "tgif" else "val")
     found = read("train")
     valid = set(set_aside([q.video for q in found], holdout))
     return [q for n, q in enumerate(found) if (n in valid) == (split == "valid")]
@@ -87,8 +85,8 @@ def builtin(split, seed):
     """Questions about the moving shapes of data/quiz.py; `open_frames("builtin")` has their frames."""
     view = quiz.clips(range(FILMS[split]), seed, split)
     rows = zip(view["question"], view["answer"], view["video"], view["type"], strict=True)
-    return [Question(text, answer, str(video), video, kind, str(n)) for n, (text, answer, video,
-                                                                            kind) in enumerate(rows)]
+    return [Question(text, answer, str(video), video, kind, str(n))
+            for n, (text, answer, video, kind) in enumerate(rows)]
 
 
 def first_of(*files):
@@ -101,9 +99,7 @@ def part_of(video):
 
 
 def msvd(file, name="msvd"):
-    """MSVD-QA's form: [{"answer", "id", "question", "video_id"}, ...]; MSRVTT-QA and CoDraw's questions have
-    it too.
-    """
+    """[{"answer", "id", "question", "video_id"}, ...]: MSVD-QA, MSRVTT-QA, CoDraw's questions."""
     prefix = {"msvd": "vid", "msrvtt": "video", "codraw": ""}[name]
     found = []
     for n, row in enumerate(safe.read_json(file, list, "a list of {answer, id, question, video_id}")):
@@ -121,17 +117,17 @@ def check_words(text, file, n):
 
 def table(file, columns, separator="\t"):
     """Rows of a text table with a header that names at least `columns`.   -> [(line, {column: text})]"""
-    reader = csv.DictReader(io.StringIO(safe.read_text(file, f"a table with {', '.join(columns)}")),
-                            delimiter=separator,
+    text = safe.read_text(file, f"a table with {', '.join(columns)}")
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator,
                             quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE)
     if lost := [c for c in columns if c not in (reader.fieldnames or ())]:
         raise ValueError(f"{file} has no column {lost[0]!r}; its first line must name {', '.join(columns)}")
     rows = []
     for row in reader:
         if any(row[c] is None for c in columns):
-            raise ValueError(f"{file}, line {reader.line_num} has "
-                             f"{sum(v is not None for v in row.values())} fields, "
-                             f"expected {len(reader.fieldnames)}")
+            there = sum(value is not None for value in row.values())
+            raise ValueError(f"{file}, line {reader.line_num} has {there} fields, expected "
+                             f"{len(reader.fieldnames)}")
         rows.append((reader.line_num, row))
     return rows
 
@@ -156,9 +152,8 @@ def tgif(root, part, kind):
             if correct < 0:
                 raise IndexError("negative")
         except (ValueError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, line {line}: answer {row['answer']!r}, key {row['key']!r} or type "
-                             f"is not what "
-                             f"TGIF-QA's {kind} has ({safe.reason(error)})") from error
+            raise ValueError(f"{file}, line {line}: answer {row['answer']!r}, key {row['key']!r} or type is not "
+                             f"what TGIF-QA's {kind} has ({safe.reason(error)})") from error
         found.append(Question(row["question"], answer, row["gif_name"], key, what, row["vid_id"], options,
                               correct if choices else -1))
     return found
@@ -166,19 +161,20 @@ def tgif(root, part, kind):
 
 def hqga(file):
     """The FrameQA training part in another form, comma-separated; without the question's final mark."""
-    return [Question(row["question"] + "?", row["answer"], row["video"], int(row["video"]), "frameqa",
-                     row["qid"])
-            for _, row in table(file, ["video", "question", "answer", "qid"], ",")]
+    found = []
+    for line, row in table(file, ["video", "question", "answer", "qid"], ","):
+        if not row["video"].isdigit():
+            raise ValueError(f"{file}, line {line}: video {row['video']!r} is not the number of a GIF")
+        found.append(Question(row["question"] + "?", row["answer"], row["video"], int(row["video"]), "frameqa",
+                              row["qid"]))
+    return found
 
 
 def svqa(file, ids):
-    """questions.json: [{"id", "question", "ans", "program"}, ...]; the type is the function of the program's
-    last step.
-    """
+    """[{"id", "question", "ans", "program"}, ...]; the type is the function of the program's last step."""
     wanted = {int(word) for word in safe.read_text(ids, "the video numbers of this part, one a line").split()}
     found = []
-    for n, row in enumerate(safe.read_json(file, list, "SVQA's questions: a list of {id, question, ans, "
-                                                       "program}")):
+    for n, row in enumerate(safe.read_json(file, list, "a list of {id, question, ans, program}")):
         safe.check_row(row, {"id": int, "question": str, "program": list}, f"{file}, entry {n}")
         if row["id"] not in wanted:
             continue
@@ -198,30 +194,26 @@ def activitynet(questions, answers):
         told[row["question_id"]] = row
     found = []
     for n, row in enumerate(safe.read_json(questions, list, "a list of {video_name, question, question_id}")):
-        safe.check_row(row, {"video_name": str, "question": str, "question_id": str}, f"{questions}, entry {n}")
+        fields = {"video_name": str, "question": str, "question_id": str}
+        safe.check_row(row, fields, f"{questions}, entry {n}")
         check_words(row["question"], questions, n)
         answer = told.get(row["question_id"])
         if answer is None or not 0 <= answer["type"] < len(ACTIVITYNET):
             raise ValueError(f"{answers} has no answer of a known type for question {row['question_id']}")
         found.append(Question(row["question"], answer["answer"], row["video_name"], -1,
-                              ACTIVITYNET[answer["type"]],
-                              row["question_id"]))
+                              ACTIVITYNET[answer["type"]], row["question_id"]))
     return found
 
 
 def pororo(file):
-    """PororoQA: {"PororoQA": [{qid, question, answer0..answer4, correct_idx, video_name}, ...]}, multiple
-    choice.
-    """
+    """{"PororoQA": [{qid, question, answer0..answer4, correct_idx, video_name}, ...]}, multiple choice."""
     rows = safe.read_json(file, dict, '{"PororoQA": [...]}').get("PororoQA")
     if not isinstance(rows, list):
         raise ValueError(f'{file} must be {{"PororoQA": [...]}}')
-    found = []
+    keys, found = [f"answer{k}" for k in range(5)], []
+    fields = {"question": str, "correct_idx": int, "video_name": str, **dict.fromkeys(keys, str)}
     for n, row in enumerate(rows):
-        keys = [f"answer{k}" for k in range(5)]
-        safe.check_row(row, {"question": str, "correct_idx": int, "video_name": str, **dict.fromkeys(keys,
-                                                                                                     str)},
-                                                                                                     f"{file}, entry {n}")
+        safe.check_row(row, fields, f"{file}, entry {n}")
         check_words(row["question"], file, n)
         if not 0 <= row["correct_idx"] < 5:
             raise ValueError(f"{file}, entry {n}: correct_idx is {row['correct_idx']}, expected 0 to 4")
@@ -242,9 +234,9 @@ def video_clips(file):
             choices = tuple(row.get("choices", ()))
             if choices and row["answer"] not in choices:
                 raise ValueError(f"{file}, entry {n}: answer {row['answer']!r} is not among its choices")
+            correct = choices.index(row["answer"]) if choices else -1
             found.append(Question(row["question"], row["answer"], clip["clip"], -1, row["type"],
-                                  str(row.get("question_id", "")),
-                                  choices, choices.index(row["answer"]) if choices else -1))
+                                  str(row.get("question_id", "")), choices, correct))
     return found
 
 
@@ -253,39 +245,32 @@ def with_videos(questions, names, drop=False):
     names = set(names)
     absent = [q for q in questions if q.video not in names]
     if absent and not drop:
-        raise ValueError(f"{len(absent)} of {len(questions)} questions are about videos that are not here, "
-                         f"the first about "
-                         f"{absent[0].video!r}; add its frames, or pass drop=True to leave such questions out")
+        raise ValueError(f"{len(absent)} of {len(questions)} questions are about videos that are not here, the "
+                         f"first about {absent[0].video!r}; add its frames, or pass drop=True")
     kept = [q for q in questions if q.video in names]
     if not kept:
-        raise ValueError(f"none of {len(questions)} questions is about one of the {len(names)} videos "
-                         f"here, such as "
-                         f"{next(iter(sorted(names)), 'none')!r} (the first asks about "
-                         f"{questions[0].video if questions else 'nothing'!r})")
+        raise ValueError(f"none of {len(questions)} questions is about one of the {len(names)} videos here, "
+                         f"such as {min(names, default='')!r}")
     return kept
 
 
 # -- words and ids -------------------------------------------------------------------------------------------
 
 MARKS = re.compile(r"(\.{2,}|--|''|``|[;@#$%&?!*\[\](){}<>«»“”‘’„`—…]|[:,](?!\d))")
-JOINED = {"cannot": 3, "gimme": 3, "gonna": 3, "gotta": 3, "lemme": 3, "wanna": 3, "d'ye": 1,
-          "more'n": 4}   # where to cut
+JOINED = {"cannot": 3, "gimme": 3, "gonna": 3, "gotta": 3, "lemme": 3, "wanna": 3,       # word: where to cut
+          "d'ye": 1, "more'n": 4}
 
 
 @functools.lru_cache(maxsize=2**16)       # the same choices and questions come again and again
 def words(text):
-    """Tokens as the Treebank rules make them (what nltk's word_tokenize does to one sentence): n't, 's and
-    marks alone.
-    """
+    """Tokens by the Treebank rules, as nltk's word_tokenize makes them of one sentence.   -> tuple"""
     text = re.sub(r"""(^|[\s(\[{<])("|'')""", r"\1 `` ", text).replace('"', " '' ")
     text = re.sub(r"([^.])\.([\])}>'\s]*)$", r"\1 . \2", MARKS.sub(r" \1 ", text))
     return tuple(token for chunk in text.split() for token in clitics(chunk))
 
 
 def clitics(chunk):
-    """One word without marks, its clitics cut off: cat's -> cat 's, don't -> do n't, dogs' -> dogs ', 'em ->
-    ' em.
-    """
+    """A word, its clitics cut off: cat's -> cat 's, don't -> do n't, dogs' -> dogs ', 'em -> ' em."""
     if chunk in ("``", "''"):
         return [chunk]
     ends = []
@@ -302,10 +287,8 @@ def clitics(chunk):
 def question_words(text):
     """Words of a question, in lower case and without its final question mark.
 
-    # Official code: drops the last character whatever it is. The same where every question ends in "?" (all
-    of MSVD-QA,
-    # MSRVTT-QA and TGIF-QA); ActivityNet-QA has no such mark, and there the official way would cut a letter
-    off.
+    # Official code: drops the last character whatever it is. The same where every question ends in "?" (all of
+    # MSVD-QA, MSRVTT-QA, TGIF-QA); where none does, as in ActivityNet-QA, it would cut a letter off.
     """
     return words(text.lower().strip().removesuffix("?"))
 
@@ -313,21 +296,23 @@ def question_words(text):
 def build_vocabulary(train, most=ANSWERS):
     """HCRN's three tables from the training questions, words in order of appearance.   -> {name: {token: id}}
 
-    question_token_to_idx  <NULL> 0, <UNK> 1, then words;  answer_token_to_idx  <UNK0> 0, <UNK1> 1, then the
-                           `most` frequent
-    answers, or for multiple choice the words of all choices;  question_answer_token_to_idx  <NULL>, <UNK>,
-    both together.
+    question_token_to_idx          <NULL> 0, <UNK> 1, then words
+    answer_token_to_idx            <UNK0> 0, <UNK1> 1, then the `most` frequent answers; for multiple choice
+                                   the words of all choices
+    question_answer_token_to_idx   <NULL> 0, <UNK> 1, then both, answers first
+    # Official code: for TGIF-QA the validation tenth of the training file is read as well.
     """
     asked = dict.fromkeys(token for q in train for token in question_words(q.text))
     told = dict.fromkeys(token for q in train for choice in q.choices for token in words(choice.lower()))
     if not told:
         told = dict.fromkeys(answer for answer, _ in Counter(q.answer for q in train).most_common(most))
-    def number(*tokens):
-        return {token: n for n, token in enumerate(dict.fromkeys(tokens))}
+    return {"question_token_to_idx": numbered("<NULL>", "<UNK>", *asked),
+            "answer_token_to_idx": numbered("<UNK0>", "<UNK1>", *told),
+            "question_answer_token_to_idx": numbered("<NULL>", "<UNK>", *told, *asked)}
 
-    return {"question_token_to_idx": number("<NULL>", "<UNK>", *asked),
-            "answer_token_to_idx": number("<UNK0>", "<UNK1>", *told),
-            "question_answer_token_to_idx": number("<NULL>", "<UNK>", *told, *asked)}
+
+def numbered(*tokens):
+    return {token: n for n, token in enumerate(dict.fromkeys(tokens))}
 
 
 def padded(rows):
@@ -339,22 +324,20 @@ def padded(rows):
 
 
 def encode(questions, vocabulary, split="train"):
-    """HCRN's arrays: questions (N, L), questions_len, answers, video_ids, video_names; choices:
-    ans_candidates (N, 5, L).
+    """HCRN's arrays: questions (N, L), questions_len, answers, video_ids, video_names; ans_candidates (N, 5, L).
 
-    A word that is not in the table is 1. An unknown answer is class 0 in train, where it is learnt, and class
-    1 in valid
-    and test, which no model ever predicts: always wrong, as it should be.
+    A word that is not in the table is 1. An unknown answer is class 0 in train, where it is learnt, and class 1
+    in valid and test, which no model ever predicts: always wrong, as it should be.
     """
     choice = bool(questions and questions[0].choices)
     ids = vocabulary["question_answer_token_to_idx" if choice else "question_token_to_idx"]
     rows, lengths = padded([[ids.get(token, 1) for token in question_words(q.text)] for q in questions])
     encoded = {"questions": rows, "questions_len": lengths, "question_id": np.arange(len(questions)),
-               "video_ids": np.array([q.number for q in questions]), "video_names": [q.video
-                                                                                     for q in questions]}
+               "video_ids": np.array([q.number for q in questions]),
+               "video_names": [q.video for q in questions]}
     if choice:
-        flat, sizes = padded([[ids.get(token, 1) for token in words(c.lower())] for q in questions
-                              for c in q.choices])
+        told = [words(choice.lower()) for q in questions for choice in q.choices]
+        flat, sizes = padded([[ids.get(token, 1) for token in tokens] for tokens in told])
         encoded |= {"ans_candidates": flat.reshape(len(questions), -1, flat.shape[1]),
                     "ans_candidates_len": sizes.reshape(len(questions), -1)}
         return encoded | {"answers": np.array([q.correct for q in questions])}

@@ -27,7 +27,7 @@ VALUES = {"shape": SHAPES, "colour": COLOUR, "texture": TEXTURES, "size": SIZES,
           "background": BACKGROUND, "pattern": PATTERNS}
 
 RADIUS = (0.36, 0.58)               # small and large, times CROWD[number of objects - 1]: "large" is relative
-CROWD = (1.0, 0.74, 0.6)                     # to how many share the picture; the two ranges never meet
+CROWD = (1.0, 0.74, 0.6)           # to how many share the picture; with one number of objects they never meet
 SPREAD, GAP, TRIES = 0.06, 0.07, 96          # radii vary by 6 %; least distance of two objects; layouts tried
 
 

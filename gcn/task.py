@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from data import parallel
+from data.batches import seed_from
 from data.interactions import load
 from data.metrics import ranking, ranking_chance
 from data.pictures import curves, histogram
@@ -247,7 +248,7 @@ class Task:
 
 def train_quietly(cfg, device):
     """Train without files or a bar; test metrics at the best validation step, patience as in train.py.   -> metrics"""
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(seed_from(cfg.seed))
     task, best, stale, state = Task(cfg, device), -1.0, 0, {}
     for step, batch in enumerate(task.batches(cfg.seed, 0, cfg.steps), 1):
         task.update(batch, step - 1)

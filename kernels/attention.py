@@ -1,14 +1,15 @@
-"""Cross-attention of many queries to few keys, forward and backward; its frame-story form; its map for explanation.
+"""Cross-attention of many queries to few keys, forward and backward; its frame-story form; its map.
 
-    s_ij = scale q_i . k_j      p_ij = exp(s_ij) / sum_j exp(s_ij)      o_i = sum_j p_ij v_j       per head, j < length
-    given do:   dv_j = sum_i p_ij do_i      dp_ij = do_i . v_j      ds_ij = p_ij (dp_ij - sum_j p_ij dp_ij)
-                dq_i = scale sum_j ds_ij k_j                         dk_j = scale sum_i ds_ij q_i
-A sentence has at most 256 tokens: all keys of a head fit on the chip. So there is one block of keys, the exact row
-maximum, no running rescale; and backward sees every key of its queries, hence recomputes p from q and k and needs
-nothing else: no log-sum-exp, no output, no extra pass for sum_j p dp. A query has one owner (dq is written once);
-dk, dv are partial sums over S spans of queries, added in a fixed order: no atomics, the same bits every run.
-Traffic: forward 2, backward 3 query-sized tensors. Frame-story (StoryImager's FS-CAM): two softmaxes over two sets of
-keys in one pass, o = A(q, own frame's words) + gate A(q, whole story); d gate = sum of the story branch's p dp.
+    s_ij = scale q_i . k_j      p_ij = exp(s_ij) / sum_j exp(s_ij)      o_i = sum_j p_ij v_j     for each head
+    given do:   dv_j = sum_i p_ij do_i    dp_ij = do_i . v_j    ds_ij = p_ij (dp_ij - sum_j p_ij dp_ij)
+                dq_i = scale sum_j ds_ij k_j                    dk_j = scale sum_i ds_ij q_i
+
+A sentence has at most 256 tokens: all keys of a head fit on the chip. So there is one block of keys, the
+exact row maximum, no running rescale; and backward sees every key of its queries, hence recomputes p from q
+and k and needs nothing else: no log-sum-exp, no output, no extra pass for sum_j p dp. A query has one owner (dq is
+written once); dk, dv are partial sums over spans of queries, added in a fixed order: no atomics, same bits.
+Traffic: forward 2, backward 3 query-sized tensors. Frame-story (StoryImager's FS-CAM) is two softmaxes over
+two sets of keys in one pass, o = A(q, own frame's words) + gate A(q, story); d gate = sum of its p dp.
 """
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 
-# -- the definitions ---------------------------------------------------------------------------------------------
+# -- the definitions -----------------------------------------------------------------------------------------
 
 
 def cross_attention_reference(q, k, v, lengths=None, scale=None, mask=None):
@@ -32,7 +33,7 @@ def cross_attention_reference(q, k, v, lengths=None, scale=None, mask=None):
     keep = _visible(k, lengths, mask)                                     # (B, 1 or Q, K) bool, or None
     blind = None
     if keep is not None:
-        blind = ~keep.any(-1)                                             # (B, 1 or Q): let it see all, then erase it
+        blind = ~keep.any(-1)                                     # (B, 1 or Q): let it see all, then erase it
         keep = (keep | blind[..., None])[:, None]                         # (B, 1, 1 or Q, K), never expanded
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=keep, scale=scale)
     out = out.transpose(1, 2)
@@ -40,7 +41,7 @@ def cross_attention_reference(q, k, v, lengths=None, scale=None, mask=None):
 
 
 def frame_story_reference(q, kf, vf, ks, vs, gate, cells, board, q_story=None, lengths=None, scale=None):
-    """Cut the board into cells, attend to each frame's words, paste; add gate times attention to the story."""
+    """Cut the board into cells, look at each frame's words, paste; add gate times attention to the story."""
     frames = cross_attention_reference(cut(q, cells, board), kf.flatten(0, 1), vf.flatten(0, 1),
                                        None if lengths is None else lengths.flatten(), scale)
     story = cross_attention_reference(q if q_story is None else q_story, ks, vs, None, scale)
@@ -64,15 +65,14 @@ def paste(x, cells, board):
 def attention_map_reference(q, k, lengths=None, mask=None, scale=None):
     """Softmax head by head: (B, H, Q, K) is never stored."""
     keep, total = _visible(k, lengths, mask), 0
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     for h in range(q.shape[2]):
-        s = _float(q[:, :, h]) @ _float(k[:, :, h]).mT * scale            # (B, Q, K)
+        s = _float(q[:, :, h]) @ _float(k[:, :, h]).mT * _scale(q, scale)            # (B, Q, K)
         total = total + (s.softmax(-1) if keep is None else s.masked_fill(~keep, -1e38).softmax(-1) * keep)
     return total / q.shape[2]
 
 
 def _log_sum_exp(q, k, lengths, mask, scale):
-    s = torch.einsum("bqhd,bkhd->bqhk", _float(q), _float(k)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    s = torch.einsum("bqhd,bkhd->bqhk", _float(q), _float(k)) * _scale(q, scale)
     keep = _visible(k, lengths, mask)
     return (s if keep is None else s.masked_fill(~keep[:, :, None], -torch.inf)).logsumexp(-1)    # (B, Q, H)
 
@@ -90,12 +90,12 @@ def _float(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-# -- the kernels -------------------------------------------------------------------------------------------------
+# -- the kernels ---------------------------------------------------------------------------------------------
 
 
 @jit
 def _place(tile, f, n, cell_w, board_w, cols, BLOCK_Q: tl.constexpr, BOARD: tl.constexpr):
-    """Tokens of the queries of one tile of cell f, and which of them exist. Cell and board are counted row by row."""
+    """Tokens of the queries of one tile of cell f, and which exist. Cell and board are counted row by row."""
     p = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)                        # query p of the cell's n
     if BOARD:
         corner = f // cols * (n // cell_w) * board_w + f % cols * cell_w
@@ -107,22 +107,23 @@ def _place(tile, f, n, cell_w, board_w, cols, BLOCK_Q: tl.constexpr, BOARD: tl.c
 def _rows(x, row, valid, stride, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of one head, (rows, BLOCK_D), zero beyond D.
 
-    Strides come in units of 8 elements (UNIT): the compiler learns "divisible by 16" of an argument and nothing
-    else, and a head offset of 40 would make it load two bytes at a time.
+    Strides come in units of 8 elements (UNIT): the compiler learns "divisible by 16" of an argument and
+    nothing else, and a head offset of 40 would make it load two bytes at a time.
     """
     d = tl.arange(0, BLOCK_D)
-    return tl.load(x + row[:, None] * (stride * UNIT) + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    inside = valid[:, None] & (d < D)[None, :]
+    return tl.load(x + row[:, None] * (stride * UNIT) + d[None, :], mask=inside, other=0.0)
 
 
 @jit
 def _start(x, a, stride_a, b, stride_b, h, stride_h, UNIT: tl.constexpr):
-    """Where head h of sample a, frame b starts: 64 bit, a batch can pass 2**31 elements (one sample cannot)."""
+    """Where head h of sample a, frame b starts: 64 bit: a batch may pass 2**31 elements."""
     return x + (tl.cast(a, tl.int64) * stride_a + tl.cast(b, tl.int64) * stride_b + h * stride_h) * UNIT
 
 
 @jit
 def _seen(key, K, lengths, mask, sample):
-    """Which keys the queries of a sample see, (BLOCK_K). What is absent is None when the kernel is compiled."""
+    """Which keys the queries of a sample see, (BLOCK_K). What is absent is None at compile time."""
     seen = key < K
     if lengths is not None:
         seen = seen & (key < tl.load(lengths + sample))
@@ -133,8 +134,8 @@ def _seen(key, K, lengths, mask, sample):
 
 @jit
 def _softmax(q, k, seen, SCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """Unnormalised probabilities, row maximum (base 2), row sum: 0 where no key is seen, and never -inf - -inf."""
-    s = dot(q, tl.trans(k), PRECISION, UPCAST) * (SCALE * 1.4426950408889634)       # log2(e): exp2 is one instruction
+    """Unnormalised probabilities, row maximum (base 2), row sum (0 where no key is seen); no -inf - -inf."""
+    s = dot(q, tl.trans(k), PRECISION, UPCAST) * (SCALE * 1.4426950408889634)   # log2 e: exp2 is native
     s = tl.where(seen[None, :], s, -1e38)
     top = tl.max(s, 1)
     p = tl.where(seen[None, :], tl.exp2(s - top[:, None]), 0.0)
@@ -153,7 +154,7 @@ def _attend(q, k, v, seen, SCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST:
 def _forward_kernel(q, k, v, lengths, mask, out, lse, Q, K, H, qb, qt, qh, kb, kt, kh,
                     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
                     BLOCK_Q: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    b, h = tl.program_id(0) // H, tl.program_id(0) % H               # neighbours share the cache lines of a token
+    b, h = tl.program_id(0) // H, tl.program_id(0) % H           # neighbours share the cache lines of a token
     token, valid = _place(tl.program_id(1), 0, Q, 1, 1, 1, BLOCK_Q, False)
     key = tl.arange(0, BLOCK_K)
     seen = _seen(key, K, lengths, mask, b)
@@ -163,7 +164,8 @@ def _forward_kernel(q, k, v, lengths, mask, out, lse, Q, K, H, qb, qt, qh, kb, k
     o, top, total = _attend(query, keys, values, seen, SCALE, PRECISION, UPCAST)
     d, at = tl.arange(0, BLOCK_D), token * H + h                     # out (B, Q, H, D), contiguous
     out += b.to(tl.int64) * (Q * H * D)
-    tl.store(out + at[:, None] * D + d[None, :], o.to(out.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
+    inside = valid[:, None] & (d < D)[None, :]
+    tl.store(out + at[:, None] * D + d[None, :], o.to(out.dtype.element_ty), mask=inside)
     if lse is not None:
         lse += b.to(tl.int64) * (Q * H)
         natural = (top + tl.log2(tl.where(total > 0, total, 1.0))) * 0.6931471805599453
@@ -171,11 +173,11 @@ def _forward_kernel(q, k, v, lengths, mask, out, lse, Q, K, H, qb, qt, qh, kb, k
 
 
 @jit
-def _frame_story_kernel(q, q_story, kf, vf, ks, vs, lengths, gate, out, n, K, K2, H, frames, cell_w, board_w, cols,
-                        qb, qt, qh, fb, ff, ft, fh, sb, st, sh,
+def _frame_story_kernel(q, q_story, kf, vf, ks, vs, lengths, gate, out,
+                        n, K, K2, H, frames, cell_w, board_w, cols, qb, qt, qh, fb, ff, ft, fh, sb, st, sh,
                         SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-                        BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-                        UPCAST: tl.constexpr):
+                        BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr, UNIT: tl.constexpr,
+                        PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     h, f, b = tl.program_id(0) % H, tl.program_id(0) // H % frames, tl.program_id(0) // H // frames
     token, valid = _place(tl.program_id(1), f, n, cell_w, board_w, cols, BLOCK_Q, True)
     query = _rows(_start(q, b, qb, 0, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
@@ -193,7 +195,8 @@ def _frame_story_kernel(q, q_story, kf, vf, ks, vs, lengths, gate, out, n, K, K2
     o = frame + tl.load(gate) * story
     d, at = tl.arange(0, BLOCK_D), token * H + h
     out += b.to(tl.int64) * (n * frames * H * D)
-    tl.store(out + at[:, None] * D + d[None, :], o.to(out.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
+    inside = valid[:, None] & (d < D)[None, :]
+    tl.store(out + at[:, None] * D + d[None, :], o.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -215,11 +218,11 @@ def _backward_kernel(q, k, v, lengths, mask, gate, dout, dq, dk, dv, dgate,
     factor = 1.0
     if gate is not None:
         factor = tl.load(gate)
-    for i in range(span):                                            # this program's tiles of queries, in order
+    for i in range(span):                                          # this program's tiles of queries, in order
         token, valid = _place(tl.program_id(1) * span + i, f, n, cell_w, board_w, cols, BLOCK_Q, BOARD)
         query = _rows(_start(q, b, qb, 0, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
         at, inside = (token * H + h)[:, None] * D + d[None, :], valid[:, None] & (d < D)[None, :]
-        grad = tl.load(dout + at, mask=inside, other=0.0)            # 0 beyond the last query: adds nothing below
+        grad = tl.load(dout + at, mask=inside, other=0.0)        # 0 beyond the last query: adds nothing below
         p, _, total = _softmax(query, keys, seen, SCALE, PRECISION, UPCAST)
         p = p / tl.where(total > 0, total, 1.0)[:, None]
         dp = dot(grad, tl.trans(values), PRECISION, UPCAST)
@@ -229,7 +232,7 @@ def _backward_kernel(q, k, v, lengths, mask, gate, dout, dq, dk, dv, dgate,
         sum_v += dot(tl.trans(p.to(grad.dtype)), grad, PRECISION, UPCAST)
         sum_k += dot(tl.trans(ds), query, PRECISION, UPCAST)
         step = dot(ds, keys, PRECISION, UPCAST) * SCALE * factor
-        if ADD:                                                      # the frame branch has written its part already
+        if ADD:                                                # the frame branch has written its part already
             step += tl.load(dq + at, mask=inside, other=0.0)
         tl.store(dq + at, step.to(dq.dtype.element_ty), mask=inside)
     part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)        # (S, B, F, H, K, D)
@@ -249,7 +252,7 @@ def _map_kernel(q, k, lengths, mask, out, Q, K, H, qb, qt, qh, kb, kt, kh,
     key = tl.arange(0, BLOCK_K)
     seen = _seen(key, K, lengths, mask, b)
     mean = tl.zeros((BLOCK_Q, BLOCK_K), dtype=out.dtype.element_ty)
-    for h in range(H):                                               # one program holds all heads of its queries
+    for h in range(H):                                            # one program holds all heads of its queries
         query = _rows(_start(q, b, qb, 0, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
         keys = _rows(_start(k, b, kb, 0, 0, h, kh, UNIT), key, seen, kt, UNIT, D, BLOCK_D)
         p, _, total = _softmax(query, keys, seen, SCALE, PRECISION, UPCAST)
@@ -258,22 +261,22 @@ def _map_kernel(q, k, lengths, mask, out, Q, K, H, qb, qt, qh, kb, kt, kh,
     tl.store(out + at, mean / H, mask=valid[:, None] & (key < K)[None, :])
 
 
-# -- launching ---------------------------------------------------------------------------------------------------
+# -- launching -----------------------------------------------------------------------------------------------
 
-# Queries per program / warps for padded head width 32, 64, 128, 256: on capability 8.x and 12.x, then on 9.x and 10.x.
-# "-": no tile without spills, the reference runs. "*": needs more than 99 KiB of shared memory, so not on 8.6, 8.9, 12.x.
-# "half" is float16 and bfloat16, "float" float32 by three TF32 products (as exact as float32), "tf32" by one.
-# Read off kernels.check, whatever the flags and for smaller blocks of keys too; which is fastest is *not yet measured*.
+# Queries per program / warps for padded head width 32, 64, 128, 256: on chips 8.x, 12.x; then 9.x, 10.x.
+# "-": no tile without spills, the reference runs.  "*": needs more than 99 KiB of shared memory, so 8.0 only.
+# "half": float16, bfloat16.   "float": float32 by three TF32 products, as exact as float32.   "tf32": by one.
+# Read off kernels.check, for any flags and for smaller blocks of keys too; the fastest is *not yet measured*.
 TILES = {
     ("forward", "half", 128): ("64/4 64/4 64/8 32/8", "64/4 64/4 64/8 64/8"),
     ("forward", "half", 256): ("32/8 32/8 32/8 -", "32/8 64/8 64/8 -"),
     ("forward", "float", 128): ("16/4 16/8 16/8 -", "32/8 32/8 16/8 -"),
     ("forward", "tf32", 128): ("32/8 32/8 32/8 -", "32/8 64/8 32/8 -"),
     ("story", "half", 128): ("64/4 32/4 32/8 16/8", "64/4 64/4 32/8 16/8"),
-    ("story", "half", 256): ("16/8 16/8 - -", "32/8 32/8 - -"),
+    ("story", "half", 256): ("16/8 16/8 - -", "16/8 32/8 - -"),
     ("story", "float", 128): ("16/8 16/8 - -", "16/8 16/8 - -"),
     ("story", "tf32", 128): ("16/8 16/8 16/8 -", "32/8 32/8 16/8 -"),
-    ("backward", "half", 128): ("16/4 16/8 16/8* -", "32/4 32/8 16/8 -"),
+    ("backward", "half", 128): ("16/4 16/8 16/8* -", "16/4 32/8 16/8 -"),
     ("backward", "half", 256): ("16/8 16/8* - -", "16/8 16/8 - -"),
     ("backward", "float", 128): ("- - - -", "16/8 - - -"),
     ("backward", "tf32", 128): ("16/8 16/8* - -", "16/8 16/8 - -"),
@@ -288,7 +291,8 @@ def _tile(kind, x, keys):
     """(queries, warps) of kernel `kind` for queries x (..., D) and so many keys, or None."""
     if not x.is_cuda:
         return 64, 4                                                  # the interpreter knows no registers
-    numbers = "half" if x.element_size() == 2 else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float"
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    numbers = "half" if x.element_size() == 2 else "tf32" if tf32 else "float"
     width, block = _blocks(x.shape[-1], keys)
     return _table(kind, numbers, max(block, 128), width, torch.cuda.get_device_capability(x.device))
 
@@ -303,7 +307,7 @@ def _table(kind, numbers, block, width, capability):
 
 
 def _blocks(width, keys):
-    """Padded head width and number of keys: powers of two, as Triton's tiles are, and few of them to compile."""
+    """Padded head width and number of keys: powers of two, as tiles are, and few of them to compile."""
     return max(32, 1 << (width - 1).bit_length()), 16 if keys <= 16 else 128 if keys <= 128 else 256
 
 
@@ -328,7 +332,7 @@ def _sums(x):
 
 
 def _forward(kind, q, k, v, lengths, mask, scale, want_lse=False):
-    """Launch the cross-attention kernel, or (kind "map") the map kernel.   q (B, Q, H, D), k, v (B, K, H, D)"""
+    """Launch the cross-attention kernel, or (kind "map") the map kernel. q (B, Q, H, D), k, v (B, K, H, D)"""
     (B, Q, H, _), K = q.shape, k.shape[1]
     unit, settings = _settings(kind, q, K, scale, k)
     sizes = (Q, K, H, *_strides(q, unit), *_strides(k, unit))
@@ -345,27 +349,27 @@ def _forward(kind, q, k, v, lengths, mask, scale, want_lse=False):
 
 
 def _backward(q, k, v, lengths, mask, gate, dout, dq, scale, board, add):
-    """One branch: writes (or adds to) dq, returns dk, dv, d gate.   k, v (B, F, K, H, D); board (n, h/r.., see below)
+    """One branch: writes dq, or adds to it; returns dk, dv, d gate.   k, v (B, F, K, H, D)
 
-    board   (queries per cell, cell width, board width, columns of cells), or None for no board
+    board   (queries per cell, width of a cell, width of the board, columns of cells); None: q is no board
     """
     B, frames, K, H, D = k.shape
     n, *layout = board or (q.shape[1], 1, 1, 1)
     unit, settings = _settings("backward", q, K, scale, k)
     tiles, programs = -(-n // settings["BLOCK_Q"]), B * frames * H
-    span = -(-tiles // max(1, 320 // programs))                        # fill the chip twice or so, then longer spans
+    span = -(-tiles // max(1, 320 // programs))                 # fill the chip twice or so, then longer spans
     spans = -(-tiles // span)
     parts = torch.empty((2, spans, B, frames, H, K, D), dtype=_sums(q), device=q.device)
     dgate = None if gate is None else torch.empty((spans, programs), dtype=_sums(q), device=q.device)
     with on(q):
-        _backward_kernel[(programs, spans)](q, k, v, lengths, mask, gate, dout, dq, *parts, dgate,
-                                            n, K, H, frames, *layout, span, *_strides(q, unit), *_strides(k, unit),
-                                            BOARD=board is not None, ADD=add, **settings)
+        _backward_kernel[(programs, spans)](
+            q, k, v, lengths, mask, gate, dout, dq, *parts, dgate, n, K, H, frames, *layout, span,
+            *_strides(q, unit), *_strides(k, unit), BOARD=board is not None, ADD=add, **settings)
     dk, dv = parts.sum(1).transpose(3, 4).to(q.dtype)                  # (B, F, K, H, D)
     return dk, dv, None if gate is None else dgate.sum()
 
 
-# -- the autograd functions --------------------------------------------------------------------------------------
+# -- the autograd functions ----------------------------------------------------------------------------------
 
 
 class _CrossAttention(torch.autograd.Function):
@@ -382,8 +386,9 @@ class _CrossAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, _):
         q, k, v, lengths, mask = ctx.saved_tensors
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        dk, dv, _ = _backward(q, k[:, None], v[:, None], lengths, mask, None, dout.contiguous(), dq, ctx.scale, None, False)
+        dout, dq = dout.contiguous(), torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dk, dv, _ = _backward(q, k[:, None], v[:, None], lengths, mask, None, dout, dq, ctx.scale,
+                              board=None, add=False)
         return dq, dk[:, 0], dv[:, 0], None, None, None, None
 
 
@@ -412,28 +417,29 @@ class _FrameStory(torch.autograd.Function):
         dkf, dvf, _ = _backward(q, kf, vf, lengths, None, None, dout, dq, ctx.scale, ctx.board, False)
         dks, dvs, dgate = _backward(q if q_story is None else q_story, ks[:, None], vs[:, None], None, None,
                                     gate.to(_sums(q)), dout, dq_story, ctx.scale, None, q_story is None)
-        return (dq, None if q_story is None else dq_story, dkf, dvf, dks[:, 0], dvs[:, 0], dgate.to(gate.dtype),
-                None, None, None)
+        dq_story = None if q_story is None else dq_story
+        return dq, dq_story, dkf, dvf, dks[:, 0], dvs[:, 0], dgate.to(gate.dtype), None, None, None
 
 
-# -- the public functions ----------------------------------------------------------------------------------------
+# -- the public functions ------------------------------------------------------------------------------------
 
 
 def cross_attention(q, k, v, lengths=None, scale=None, mask=None, return_lse=False):
     """softmax(scale q k^T) v for every head.   q (B, Q, H, D), k, v (B, K, H, D) -> (B, Q, H, D), dtype kept
 
-    Heads are a view of a projection's last axis: any strides whose last is 1. Products of float32 use TF32 if
-    torch.backends.cuda.matmul.allow_tf32 says so; sums are float32. Under autocast it runs in autocast's dtype.
+    Heads are a view of a projection's last axis: any strides whose last is 1. Sums are float32; float32
+    products use TF32 if torch.backends.cuda.matmul.allow_tf32 says so. Autocast decides the dtype.
     lengths     (B,) int, keys >= length are ignored; 0 gives 0 and zero gradients
     mask        (B, K) or (B, Q, K) bool, True = may be seen; the second form always takes the reference
     scale       number, default D ** -0.5
     return_lse  also log sum_j exp(s_ij), (B, Q, H) float32 without gradient; -inf where nothing is seen
-    raises      ValueError for shapes, dtypes, devices that do not fit, or lengths outside 0 .. K (CPU; clamped on GPUs)
+    raises      ValueError for shapes, dtypes, devices that do not fit, or lengths outside 0 .. K (on a GPU
+                lengths are clamped instead: looking would wait for it)
     """
     q, k, v = _autocast(q, k, v)
     _check_keys("cross_attention", q, k=k, v=v)
     _check_visible("cross_attention", q, k, lengths, mask, (len(q),))
-    if q.numel() == 0 or k.numel() == 0 or backend(q, _why_not("forward", q, k, v, mask=mask)) == "reference":
+    if q.numel() == 0 or k.numel() == 0 or backend(q, _why_not("forward", q, k.shape[1], k, v, mask=mask)) == "reference":
         out = cross_attention_reference(q, k, v, lengths, scale, mask)
         if not return_lse:
             return out
@@ -445,15 +451,15 @@ def cross_attention(q, k, v, lengths=None, scale=None, mask=None, return_lse=Fal
 
 
 def frame_story_attention(q, kf, vf, ks, vs, gate, cells, board, q_story=None, lengths=None, scale=None):
-    """StoryImager's FS-CAM:  A(q, words of the token's own frame) + gate A(q_story, whole story), two softmaxes.
+    """StoryImager's FS-CAM:  A(q, words of the token's own frame) + gate A(q_story, story), two softmaxes.
 
     q        (B, h w, H, D) tokens of the whole board, row by row: nothing is cut out or pasted back
-    kf, vf   (B, F, K, H, D) words of frame f, F = r c: the frame in cell f of the board, cells counted row by row
+    kf, vf   (B, F, K, H, D) words of each frame, F = r c: frame f lies in cell f, cells counted row by row
     ks, vs   (B, K2, H, D) the story's tokens
     gate     number or tensor of one element; it gets a gradient
     cells    (r, c), board (h, w): r must divide h, c must divide w
     q_story  (B, h w, H, D) queries of the story branch, if they differ from q (LoRA on the query projection)
-    lengths  (B, F) int, words >= length are ignored. Paper: padding words are not masked, so the default is None
+    lengths  (B, F) int, words >= length are ignored. Paper: padding words are not masked, hence None
     returns  (B, h w, H, D), dtype of q.     raises  ValueError for whatever does not fit
     """
     frame, (q, kf, vf, ks, vs) = "frame_story_attention", _autocast(q, kf, vf, ks, vs)
@@ -463,8 +469,8 @@ def frame_story_attention(q, kf, vf, ks, vs, gate, cells, board, q_story=None, l
     _check_keys(frame, q, kf=kf[:, 0], vf=vf[:, 0])
     _check_visible(frame, q, kf[:, 0], lengths, None, kf.shape[:2])
     gate = _check_gate(gate, q)
-    empty = 0 in (q.numel(), kf.numel(), ks.numel())
-    if empty or backend(q, _why_not("story", q, kf, vf, ks, vs, gate, q_story)) == "reference":
+    empty, keys = 0 in (q.numel(), kf.numel(), ks.numel()), max(kf.shape[2], ks.shape[1])
+    if empty or backend(q, _why_not("story", q, keys, kf, vf, ks, vs, gate, q_story)) == "reference":
         return frame_story_reference(q, kf, vf, ks, vs, gate, cells, board, q_story, lengths, scale)
     (r, c), (h, w) = cells, board
     layout = (h // r * (w // c), w // c, w, c)
@@ -477,26 +483,25 @@ def frame_story_attention(q, kf, vf, ks, vs, gate, cells, board, q_story=None, l
 
 @torch.no_grad()
 def attention_map(q, k, lengths=None, mask=None, scale=None):
-    """Attention weights for explanation, mean over heads, without gradient.   -> (B, Q, K) float32, never (B, H, Q, K)
+    """Attention weights, mean over heads, without gradient.   -> (B, Q, K) float32; never a (B, H, Q, K)
 
     Arguments as in `cross_attention`. A query that sees no key has a row of zeros; the others sum to 1.
     """
     q, k = _autocast(q, k)
     _check_keys("attention_map", q, k=k)
     _check_visible("attention_map", q, k, lengths, mask, (len(q),))
-    if 0 in (q.numel(), k.numel()) or backend(q, _why_not("map", q, k, mask=mask)) == "reference":
+    if 0 in (q.numel(), k.numel()) or backend(q, _why_not("map", q, k.shape[1], k, mask=mask)) == "reference":
         return attention_map_reference(q, k, lengths, mask, scale)
     q, k = _ready((q,), (k,))
     return _forward("map", q, k, None, _int32(lengths), _bytes(mask), _scale(q, scale))[0]
 
 
-# -- what the public functions check and prepare -----------------------------------------------------------------
+# -- what the public functions check and prepare -------------------------------------------------------------
 
 
-def _why_not(kind, q, *others, mask=None):
-    """Why the kernels cannot take these tensors, or "" (`others` may hold None)."""
+def _why_not(kind, q, keys, *others, mask=None):
+    """Why the kernels cannot take q, so many keys and the other tensors (or None), or ""."""
     tensors = [q, *(x for x in others if x is not None)]
-    keys = max(x.shape[-3] for x in tensors[1:] if x.ndim > 3)
     grad = kind != "map" and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if matrix_units(q):
         return matrix_units(q)
@@ -506,8 +511,8 @@ def _why_not(kind, q, *others, mask=None):
         return "a mask of its own for every query"
     if keys > 256 or q.shape[-1] > 256:
         return f"{keys} keys of width {q.shape[-1]} do not fit on the chip (256 and 256 do)"
-    if any(sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2 ** 31 for x in tensors) \
-            or q.shape[1] > 2 ** 20 or q[0].numel() >= 2 ** 31:
+    reach = max(sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in tensors)
+    if max(reach, q[0].numel()) >= 2 ** 31 or q.shape[1] > 2 ** 20:
         return "one sample spans 2**31 elements or 2**20 queries"
     for part in (kind, "backward") if grad else (kind,):
         if _tile(part, q, keys) is None:
@@ -519,11 +524,11 @@ def _check_keys(name, q, **pair):
     """q (B, Q, H, D) and each of `pair` (B, K, H, D): one dtype, one device."""
     if q.ndim != 4 or not q.is_floating_point():
         raise ValueError(f"{name}: q must be floating point (B, Q, H, D), got {q.dtype} {tuple(q.shape)}")
-    first, *_ = pair
+    first = next(iter(pair.values()))
     for label, x in pair.items():
-        if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (q.shape[0], *q.shape[2:]) or x.shape != pair[first].shape:
-            raise ValueError(f"{name}: {label} {tuple(x.shape)} does not fit q {tuple(q.shape)} and {first} "
-                             f"{tuple(pair[first].shape)}: batch, heads and width must agree, and the number of keys")
+        if x.shape != first.shape or x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (q.shape[0], *q.shape[2:]):
+            raise ValueError(f"{name}: {label} {tuple(x.shape)} does not fit q {tuple(q.shape)}: batch, "
+                             "heads and width must agree, and k and v must have one shape")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name}: {label} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}")
 
@@ -531,32 +536,34 @@ def _check_keys(name, q, **pair):
 def _check_visible(name, q, k, lengths, mask, shape):
     if lengths is not None:
         if lengths.shape != torch.Size(shape) or lengths.is_floating_point() or lengths.device != q.device:
-            raise ValueError(f"{name}: lengths must be integers {tuple(shape)} on {q.device}, got {lengths.dtype} "
-                             f"{tuple(lengths.shape)} on {lengths.device}")
+            raise ValueError(f"{name}: lengths must be integers {tuple(shape)} on {q.device}, got "
+                             f"{lengths.dtype} {tuple(lengths.shape)} on {lengths.device}")
         if lengths.is_cpu and lengths.numel() and not 0 <= lengths.min() <= lengths.max() <= k.shape[1]:
-            raise ValueError(f"{name}: lengths {lengths.tolist()} must lie in 0 .. {k.shape[1]}, the number of keys")
-    if mask is not None and (mask.dtype != torch.bool or mask.device != q.device or tuple(mask.shape) not in
-                             ((len(k), k.shape[1]), (len(k), q.shape[1], k.shape[1]))):
-        raise ValueError(f"{name}: mask must be bool (B, K) or (B, Q, K), True where a key may be seen, got {mask.dtype} "
-                         f"{tuple(mask.shape)} on {mask.device} for q {tuple(q.shape)}, k {tuple(k.shape)}")
+            raise ValueError(f"{name}: lengths {lengths.tolist()} must lie in 0 .. {k.shape[1]}")
+    shapes = (len(k), k.shape[1]), (len(k), q.shape[1], k.shape[1])
+    if mask is not None and (mask.dtype != torch.bool or mask.device != q.device or mask.shape not in shapes):
+        raise ValueError(f"{name}: mask must be bool {shapes[0]} or {shapes[1]}, True where a key may be "
+                         f"seen, got {mask.dtype} {tuple(mask.shape)} on {mask.device}")
 
 
 def _check_board(name, q, kf, vf, q_story, cells, board):
     (r, c), (h, w) = cells, board
     if min(r, c, h, w) < 1 or h % r or w % c or q.ndim != 4 or q.shape[1] != h * w:
-        raise ValueError(f"{name}: q {tuple(q.shape)} must hold the h w = {h} x {w} tokens of the board, and the "
-                         f"{r} x {c} cells must divide it evenly")
+        raise ValueError(f"{name}: q {tuple(q.shape)} must hold the h w = {h} x {w} tokens of the board, and "
+                         f"the {r} x {c} cells must divide it evenly")
     if kf.ndim != 5 or kf.shape != vf.shape or kf.shape[1] != r * c:
-        raise ValueError(f"{name}: kf {tuple(kf.shape)} and vf {tuple(vf.shape)} must be (B, F, K, H, D), one frame for "
-                         f"each of the {r} x {c} cells")
+        raise ValueError(f"{name}: kf {tuple(kf.shape)} and vf {tuple(vf.shape)} must be (B, F, K, H, D), "
+                         f"one frame for each of the {r} x {c} cells")
     if q_story is not None and (q_story.shape, q_story.dtype, q_story.device) != (q.shape, q.dtype, q.device):
-        raise ValueError(f"{name}: q_story {q_story.dtype} {tuple(q_story.shape)} must be like q {q.dtype} {tuple(q.shape)}")
+        raise ValueError(f"{name}: q_story {q_story.dtype} {tuple(q_story.shape)} must be like q {q.dtype} "
+                         f"{tuple(q.shape)}")
 
 
 def _check_gate(gate, q):
     gate = gate if isinstance(gate, torch.Tensor) else torch.full((), float(gate), device=q.device)
     if gate.numel() != 1 or gate.device != q.device or not gate.is_floating_point():
-        raise ValueError(f"frame_story_attention: gate must be one number, got {gate.dtype} {tuple(gate.shape)} on {gate.device}")
+        raise ValueError(f"frame_story_attention: gate must be one number, got {gate.dtype} "
+                         f"{tuple(gate.shape)} on {gate.device}")
     return gate.reshape(())
 
 
@@ -568,7 +575,7 @@ def _autocast(*tensors):
 
 
 def _ready(*groups):
-    """Flattened groups, last stride 1; the tensors of one group (k and v) share their strides, or are copied."""
+    """The groups' tensors, last stride 1; those of one group (k and v) share their strides, or are copied."""
     for group in groups:
         same = all(x.stride(-1) == 1 and x.stride() == group[0].stride() for x in group)
         yield from group if same else (x.contiguous() for x in group)
@@ -586,36 +593,38 @@ def _bytes(mask):
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-# -- rows for kernels/check.py -----------------------------------------------------------------------------------
+# -- rows for kernels/check.py -------------------------------------------------------------------------------
 
 
 def compile_cases():
-    """Every entry of TILES with all options present, the worst case; on the chips it was read off also without any."""
+    """Every entry of TILES with all options present, the worst case; the usual ones also without any."""
     for kind, numbers, keys in TILES:
+        common = ("sm_80", "sm_90"), (numbers, keys) == ("half", 128) and kind != "map"
         for width, head in (32, 32), (64, 40), (128, 80), (256, 160):
-            for target in ("sm_80", "sm_90") if numbers != "half" else ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120"):
+            for target in common[0] if numbers != "half" else ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120"):
                 tile = _table(kind, numbers, keys, width, divmod(int(target[3:]), 10))
                 if tile:
-                    yield _case(kind, numbers, keys, width, head, tile, (target,), plain=False)
-                if tile and (numbers, keys) == ("half", 128) and target in ("sm_80", "sm_90") and kind != "map":
-                    yield _case(kind, numbers, keys, width, head, tile, (target,), plain=True)
+                    yield _case(kind, numbers, keys, width, head, tile, target, plain=False)
+                if tile and target in common[0] and common[1]:
+                    yield _case(kind, numbers, keys, width, head, tile, target, plain=True)
 
 
-def _case(kind, numbers, keys, width, head, tile, targets, plain):
-    kernel = {"forward": _forward_kernel, "story": _frame_story_kernel, "backward": _backward_kernel, "map": _map_kernel}[kind]
-    number, tensor = "*bf16:16" if numbers == "half" else "*fp32:16", {}
-    for name in kernel.real().arg_names:
-        wide = {"lengths": "*i32:16", "mask": "*u8:16", "lse": "*fp32:16", "gate": "*fp32:16", "dk": "*fp32:16",
-                "dv": "*fp32:16", "dgate": "*fp32:16"}
-        pointer = name in ("q", "k", "v", "kf", "vf", "ks", "vs", "q_story", "out", "dout", "dq")
-        tensor[name] = wide.get(name, number if pointer and (kind, name) != ("backward", "kf") else "i32")
-    tensor["out"] = "*fp32:16" if kind == "map" else number
-    constants = {"SCALE": head ** -0.5, "D": head, "BLOCK_D": width, "BLOCK_K": keys, "BLOCK_S": 16 if plain else keys,
-                 "BLOCK_Q": tile[0], "UNIT": 8, "UPCAST": False, "BOARD": not plain, "ADD": not plain,
-                 "PRECISION": {"half": "ieee", "float": "tf32x3", "tf32": "tf32"}[numbers]}
-    absent = ("lengths", "mask", "lse", "q_story", "dgate") + (("gate",) if kind == "backward" else ())
-    constants |= dict.fromkeys(absent) if plain else {}
-    constants = {name: value for name, value in constants.items() if name in tensor}
-    return {"name": f"{kind} {numbers} {keys}x{width}{' plain' if plain else ''}", "kernel": kernel, "targets": targets,
-            "signature": {name: t for name, t in tensor.items() if name not in constants}, "constants": constants,
-            "num_warps": tile[1], "num_stages": 1, "kind": "product", "tf32": numbers != "half"}
+def _case(kind, numbers, keys, width, head, tile, target, plain):
+    kernel = {"forward": _forward_kernel, "story": _frame_story_kernel, "backward": _backward_kernel,
+              "map": _map_kernel}[kind]
+    number = "*bf16:16" if numbers == "half" else "*fp32:16"
+    types = dict.fromkeys("q k v ks vs q_story dout dq out".split(), number)
+    types |= dict.fromkeys("lse gate dk dv dgate".split(), "*fp32:16")
+    types |= {"lengths": "*i32:16", "mask": "*u8:16"}
+    types |= {"out": "*fp32:16"} if kind == "map" else {"kf": number, "vf": number} if kind == "story" else {}
+    constants = {"SCALE": head ** -0.5, "D": head, "BLOCK_D": width, "BLOCK_K": keys, "BLOCK_Q": tile[0],
+                 "UNIT": 8, "BLOCK_S": 16 if plain else keys, "BOARD": not plain, "ADD": not plain,
+                 "UPCAST": False, "PRECISION": {"half": "ieee", "float": "tf32x3", "tf32": "tf32"}[numbers]}
+    if plain:
+        constants |= dict.fromkeys("lengths mask lse q_story dgate".split())
+        constants |= {"gate": None} if kind == "backward" else {}
+    names, name = kernel.real().arg_names, f"attention {kind} {numbers} {keys}x{width}{' plain' if plain else ''}"
+    return {"name": name, "kernel": kernel, "kind": "product",
+            "signature": {name: types.get(name, "i32") for name in names if name not in constants},
+            "constants": {name: value for name, value in constants.items() if name in names},
+            "targets": (target,), "num_warps": tile[1], "num_stages": 1, "tf32": numbers != "half"}

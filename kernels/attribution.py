@@ -1,16 +1,17 @@
 """Attribution maps: which places of a picture a score comes from, and how they are shown.
 
-    cosine_map   s_p = z_p . t / (|z_p| |t|)                                   place p of a grid against a vector (BeFA)
-    grad_cam     w_c = mean_p g_cp,  heat_p = max(0, sum_c w_c a_cp)           Grad-CAM: activation a, its gradient g
-    word_maps    heat_jp = sum over heads of softmax_j(q_p . k_j)              where word j of a sentence is looked for
+    cosine_map   s_p = z_p . t / (|z_p| |t|)                            a grid of places against a vector (BeFA)
+    grad_cam     w_c = mean_p g_cp,  heat_p = max(0, sum_c w_c a_cp)    Grad-CAM: activation a, its gradient g
+    word_maps    heat_jp = sum over heads of softmax_j(q_p . k_j)       where word j of a sentence is looked for
     show         map = Wy n(heat) Wx^T,   picture = (1 - alpha) image + alpha colour(map)
 
-Bilinear upsampling is two matrix products: row y of Wy holds hat functions max(0, 1 - |y' - i|) around the place
-y' = (y + 1/2) h / H - 1/2, clamped to 0 .. h - 1, which is `interpolate(align_corners=False)`. The colour map is the
-same trick: hat functions around five colours. So one program owns a tile of the output, reads the few numbers of the
-coarse heat, and writes map and picture once; eager PyTorch makes a dozen passes at full size. Grad-CAM to picture is
-two launches: partial sums over 32 channels each, then `show` adds them in a fixed order. No atomics, same bits.
-Everything is float32, forward only: an explanation carries no gradient. Speed: *not yet measured*.
+Bilinear upsampling is two matrix products: row y of Wy holds hat functions max(0, 1 - |y' - i|) around the
+place y' = (y + 1/2) h / H - 1/2, clamped to 0 .. h - 1, which is `interpolate(align_corners=False)`. The colour
+map is the same trick: hat functions around five colours. So one program owns a tile of the output, reads the
+few numbers of the coarse heat, and writes map and picture once; eager PyTorch makes a dozen passes at full
+size. Grad-CAM to picture is two launches: partial sums over 32 channels each, then `show` adds them in a fixed
+order. No atomics, the same bits. Everything is float32 and forward only: an explanation carries no gradient.
+The speed is *not yet measured*.
 """
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ from kernels.attention import attention_map
 if TYPE_CHECKING:
     import triton.language as tl
 
-# Five anchors from cold to hot, red, green, blue in [0, 1]: brightness rises all the way, so it survives grey print
-# and every kind of colour blindness.
+# Five anchors from cold to hot; red, green, blue in [0, 1]. Brightness rises all the way, so the map survives
+# grey print and every kind of colour blindness.
 COLOURS = ((0.00, 0.00, 0.15), (0.35, 0.05, 0.50), (0.80, 0.25, 0.35), (0.98, 0.60, 0.10), (1.00, 1.00, 0.60))
 NORMALISE = ("minmax", "max", "none")
 
 
-# -- the definitions ---------------------------------------------------------------------------------------------
+# -- the definitions -----------------------------------------------------------------------------------------
 
 
 def cosine_map_reference(z, target):
@@ -50,8 +51,9 @@ def show_reference(heat, image, alpha=0.5, normalise="minmax"):
     """Normalise, upsample, colour, blend."""
     upsampled = F.interpolate(scale_to_one(heat, normalise)[:, None], image.shape[2:], mode="bilinear")[:, 0]
     colours = torch.tensor(COLOURS, device=image.device)                                 # (5, 3)
-    place = upsampled[:, None] * (len(colours) - 1) - torch.arange(len(colours), device=image.device)[:, None, None]
-    colour = torch.einsum("bkhw,kc->bchw", (1 - place.abs()).clamp(min=0), colours)      # hat functions, in [0, 1]
+    anchor = torch.arange(len(colours), device=image.device)[:, None, None]
+    hats = (1 - (upsampled[:, None] * (len(colours) - 1) - anchor).abs()).clamp(min=0)   # (B, 5, H, W)
+    colour = torch.einsum("bkhw,kc->bchw", hats, colours)                                # in [0, 1]
     picture = (1 - alpha) * image.float() + alpha * (2 * colour - 1)
     return upsampled, picture.to(image.dtype)
 
@@ -59,8 +61,8 @@ def show_reference(heat, image, alpha=0.5, normalise="minmax"):
 def scale_to_one(heat, how="minmax"):
     """Each map of a batch to [0, 1].   heat (B, h, w) -> float32 of the same shape
 
-    "minmax": lowest 0, highest 1, a constant map 0.   "max": negative values 0, highest 1, a map without a positive
-    value 0.   "none": clamped to [0, 1] as it is.
+    "minmax": lowest 0, highest 1; a constant map is 0.   "none": clamped to [0, 1] as it is.
+    "max": negative values 0, highest 1; a map without a positive value is 0.
     """
     heat = heat.float()
     if how == "none":
@@ -70,7 +72,7 @@ def scale_to_one(heat, how="minmax"):
     return torch.where(spread > 0, (heat - low).clamp(min=0) / spread, 0.0)
 
 
-# -- the kernels -------------------------------------------------------------------------------------------------
+# -- the kernels ---------------------------------------------------------------------------------------------
 
 
 @jit
@@ -87,7 +89,7 @@ def _cosine_kernel(z, target, out, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.cons
         product += tl.sum(place * t[None, :], 1)
         own += tl.sum(place * place, 1)
         length += t * t
-    norm = tl.maximum(tl.sqrt(own), 1e-8) * tl.maximum(tl.sqrt(tl.sum(length)), 1e-8)    # F.cosine_similarity's floor
+    norm = tl.maximum(tl.sqrt(own), 1e-8) * tl.maximum(tl.sqrt(tl.sum(length)), 1e-8)    # floor as in PyTorch
     tl.store(out + b.to(tl.int64) * P + p, product / norm, mask=p < P)
 
 
@@ -119,8 +121,9 @@ def _show_kernel(parts, image, colours, out, picture, S, h, w, H, W, scale_y, sc
     i, j = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
     inside, at = (i < h)[:, None] & (j < w)[None, :], i[:, None] * w + j[None, :]
     heat = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)                  # the whole coarse map, S partial sums
+    parts += b.to(tl.int64) * S * (h * w)
     for s in range(S):
-        heat += tl.load(parts + (b.to(tl.int64) * S + s) * (h * w) + at, mask=inside, other=0.0).to(tl.float32)
+        heat += tl.load(parts + s * (h * w) + at, mask=inside, other=0.0).to(tl.float32)
     if RELU:
         heat = tl.maximum(heat, 0.0)
     if HOW == "none":
@@ -146,7 +149,7 @@ def _show_kernel(parts, image, colours, out, picture, S, h, w, H, W, scale_y, sc
         tl.store(picture + pixel, new.to(picture.dtype.element_ty), mask=inside)
 
 
-# -- launching (nothing to differentiate, so no autograd function) ----------------------------------------------
+# -- launching (nothing to differentiate, so no autograd function) -------------------------------------------
 
 
 def _cam_parts(activation, gradient):
@@ -164,11 +167,12 @@ def _cam_parts(activation, gradient):
 def _show(parts, image, alpha, normalise, relu):
     B, S, h, w = parts.shape
     H, W = image.shape[2:]
-    out, picture, image = torch.empty((B, H, W), device=image.device), torch.empty_like(image), image.contiguous()
-    picture = picture.contiguous()
+    image, out = image.contiguous(), torch.empty((B, H, W), device=image.device)
+    picture = torch.empty_like(image)
     with on(image):
         _show_kernel[(B, -(-H // 16) * -(-W // 64))](
-            parts.contiguous(), image, _colours(image.device), out, picture, S, h, w, H, W, h / H, w / W, alpha,
+            parts.contiguous(), image, _colours(image.device), out, picture,
+            S, h, w, H, W, h / H, w / W, alpha,
             RELU=relu, HOW=normalise, BLOCK_I=_side(h), BLOCK_J=_side(w), BLOCK_Y=16, BLOCK_X=64, num_warps=4,
             enable_fp_fusion=True)
     return out, picture
@@ -183,34 +187,35 @@ def _colours(device):
     return torch.tensor(COLOURS, device=device)
 
 
-# -- the public functions ----------------------------------------------------------------------------------------
+# -- the public functions ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def cosine_map(z, target):
-    """Cosine of every place with a vector (BeFA, location similarity).   z (B, P, D), target (B, D) -> (B, P) float32
+    """Cosine of every place with a vector (BeFA variant A).   z (B, P, D), target (B, D) -> (B, P) float32
 
     raises  ValueError if shapes, devices or dtypes disagree.   A zero vector has cosine 0 with everything.
     """
     if z.ndim != 3 or target.shape != (z.shape[0], z.shape[2]):
-        raise ValueError(f"cosine_map: z must be (B, P, D) and target (B, D), got {tuple(z.shape)}, {tuple(target.shape)}")
+        raise ValueError(f"cosine_map: z must be (B, P, D) and target (B, D), got {tuple(z.shape)} and "
+                         f"{tuple(target.shape)}")
     _check_pair("cosine_map", z=z, target=target)
     if z.numel() == 0 or backend(z, _too_large(z)) == "reference":
         return cosine_map_reference(z, target)
     B, P, D = z.shape
     out = torch.empty((B, P), device=z.device)
     with on(z):
-        _cosine_kernel[(B, -(-P // 16))](z.contiguous(), target.contiguous(), out, P, D, BLOCK_P=16, BLOCK_D=128,
-                                         num_warps=4, enable_fp_fusion=True)
+        _cosine_kernel[(B, -(-P // 16))](z.contiguous(), target.contiguous(), out, P, D, BLOCK_P=16,
+                                         BLOCK_D=128, num_warps=4, enable_fp_fusion=True)
     return out
 
 
 @torch.no_grad()
 def grad_cam(activation, gradient):
-    """Grad-CAM (BeFA, gradient weighted).   activation, gradient (B, C, h, w) -> heat (B, h, w) float32, >= 0, raw
+    """Grad-CAM (BeFA variant B).   activation, gradient (B, C, h, w) -> heat (B, h, w) float32, >= 0, raw
 
     gradient  of the score with respect to the activation; torch.autograd.grad(score.sum(), activation)[0]
-    A map without a positive value is all 0. Pass (activation, gradient) to `show` to save the stop in between.
+    A map without a positive value is 0. Pass (activation, gradient) to `show` to save the stop in between.
     """
     _check_cam(activation, gradient)
     if activation.numel() == 0 or backend(activation, _cam_limit(activation)) == "reference":
@@ -219,12 +224,13 @@ def grad_cam(activation, gradient):
 
 
 def word_maps(q, k, board, lengths=None, mask=None, scale=None):
-    """Where each word is looked for: attention summed over heads, raw.   -> (B, K, h, w) float32, in [0, heads]
+    """Where each word is looked for: attention summed over heads.   -> (B, K, h, w) float32, raw, 0 .. heads
 
-    q (B, h w, H, D) queries of a board or picture of h x w tokens, k (B, K, H, D); the rest as in `attention_map`
+    q (B, h w, H, D) queries of a picture or board of h x w tokens, k (B, K, H, D); rest as in `attention_map`
     """
     if q.ndim != 4 or q.shape[1] != board[0] * board[1]:
-        raise ValueError(f"word_maps: q {tuple(q.shape)} does not hold the {board[0]} x {board[1]} tokens of the board")
+        raise ValueError(f"word_maps: q {tuple(q.shape)} does not hold the {board[0]} x {board[1]} tokens of the "
+                         "board")
     mean = attention_map(q, k, lengths, mask, scale)                                     # (B, h w, K)
     return (mean * q.shape[2]).mT.unflatten(2, tuple(board))
 
@@ -253,18 +259,20 @@ def show(heat, image, alpha=0.5, normalise="minmax"):
 
 
 def _check_show(first, ndim, image, alpha, normalise):
-    if first.ndim != ndim or image.ndim != 4 or image.shape[1] != 3 or len(first) != len(image) or 0 in first.shape[1:]:
+    fits = first.ndim == ndim and image.ndim == 4 and image.shape[1] == 3 and len(first) == len(image)
+    if not fits or 0 in first.shape[1:]:
         raise ValueError(f"show: heat must be (B, h, w) and image (B, 3, H, W), got {tuple(first.shape)} and "
                          f"{tuple(image.shape)}")
     if normalise not in NORMALISE or not 0 <= alpha <= 1:
-        raise ValueError(f"show: alpha={alpha} must be 0 .. 1, normalise={normalise!r} one of {', '.join(NORMALISE)}")
+        raise ValueError(f"show: alpha={alpha} must be 0 .. 1, normalise={normalise!r} one of "
+                         f"{', '.join(NORMALISE)}")
     _check_pair("show", strict=False, heat=first, image=image)
 
 
 def _check_cam(activation, gradient):
     if activation.ndim != 4 or activation.shape != gradient.shape:
-        raise ValueError(f"grad_cam: activation {tuple(activation.shape)} and gradient {tuple(gradient.shape)} must both "
-                         "be (B, C, h, w)")
+        raise ValueError(f"grad_cam: activation {tuple(activation.shape)} and gradient {tuple(gradient.shape)} must "
+                         "both be (B, C, h, w)")
     _check_pair("grad_cam", activation=activation, gradient=gradient)
 
 
@@ -288,25 +296,26 @@ def _cam_limit(activation):
     return _too_large(activation) or ("an activation of more than 1,024 places" if places > 1024 else "")
 
 
-# -- rows for kernels/check.py -----------------------------------------------------------------------------------
+# -- rows for kernels/check.py -------------------------------------------------------------------------------
 
 
 def compile_cases():
-    """Every launch that can occur, with sizes that are multiples of 16 (7 x 7 maps load element by element: tiny)."""
-    rest = {"targets": ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"), "kind": "bandwidth", "num_stages": 3}
+    """Every launch that can occur, at sizes that are multiples of 16 (7 x 7 maps load one by one: tiny)."""
+    targets = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+    rest = {"targets": targets, "kind": "bandwidth", "num_stages": 3}
+    sizes = {"S": "i32", "h": "i32", "w": "i32", "H": "i32:16", "W": "i32:16", "scale_y": "fp32", "scale_x": "fp32",
+             "alpha": "fp32"}
     for dtype in ("fp32", "bf16"):
-        t = f"*{dtype}:16"
+        t, f = f"*{dtype}:16", "*fp32:16"
         yield {"name": f"cosine_map {dtype}", "kernel": _cosine_kernel, "num_warps": 4, **rest,
-               "signature": {"z": t, "target": t, "out": "*fp32:16", "P": "i32", "D": "i32:16"},
+               "signature": {"z": t, "target": t, "out": f, "P": "i32", "D": "i32:16"},
                "constants": {"BLOCK_P": 16, "BLOCK_D": 128}}
         for block, channels in (64, 32), (256, 32), (1024, 8):
             yield {"name": f"grad_cam {dtype} {block}", "kernel": _cam_kernel, "num_warps": 8, **rest,
-                   "signature": {"activation": t, "gradient": t, "parts": "*fp32:16", "C": "i32:16", "P": "i32:16"},
+                   "signature": {"activation": t, "gradient": t, "parts": f, "C": "i32:16", "P": "i32:16"},
                    "constants": {"BLOCK_C": channels, "BLOCK_P": block}}
         for side in 16, 32, 64:
             yield {"name": f"show {dtype} {side}", "kernel": _show_kernel, "num_warps": 4, **rest,
-                   "signature": {"parts": "*fp32:16", "image": t, "colours": "*fp32:16", "out": "*fp32:16", "picture": t,
-                                 "S": "i32", "h": "i32", "w": "i32", "H": "i32:16", "W": "i32:16", "scale_y": "fp32",
-                                 "scale_x": "fp32", "alpha": "fp32"},
+                   "signature": {"parts": f, "image": t, "colours": f, "out": f, "picture": t, **sizes},
                    "constants": {"RELU": True, "HOW": "minmax", "BLOCK_I": side, "BLOCK_J": side, "BLOCK_Y": 16,
                                  "BLOCK_X": 64}}

@@ -153,7 +153,7 @@ def hop_cases(device, quick, functions_of, truth_of, title, hops):
     gpu = device.type == "cuda"
     for name, graph, text in graphs(device, quick):
         wide, dense = formats(graph, torch.float64)["CSR int64"], graph.shape[0] * 4
-        for width in (64,) if quick or graph.nnz > 10**8 else (64, 128):
+        for width in (64, 128) if gpu and not quick and graph.nnz < 10**8 else (64,):
             for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
                 x, dy = (torch.randn(graph.shape[0], width, device=device).to(dtype) for _ in range(2))
                 functions, leaf = functions_of(graph, dtype), x.clone().requires_grad_()

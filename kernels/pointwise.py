@@ -1,4 +1,4 @@
-"""The two text-conditioned blocks of the image models as one pass each.  l(a) = a for a > 0, slope * a otherwise
+"""The two text-conditioned blocks of the image models as one pass each.   l(a) = a if a > 0 else slope * a
 
 GALIP and DF-GAN, deep fusion block (one gamma, beta per sample and channel, applied twice):
     df_block    y = l(g1 m + b1),  m = l(g0 x + b0)
@@ -8,9 +8,10 @@ DE-Net, combination of a channel branch and a spatial branch (maps W, S: one num
     de_combine  y = w l(a) + (1 - w) l(u) + skip,  a = gamma h + beta,  u = W h + S
     backward    e = dy w l'(a)            dgamma = sum_p e h   dbeta = sum_p e    dw = sum_p dy (l(a) - l(u))
                 f = dy (1 - w) l'(u)      dW = sum_c f h       dS = sum_c f       dh = e gamma + f W,  dskip = dy
-Eager PyTorch walks 12 and 22 times over the tensor; here forward walks 2 and 3 times, backward 3 times, and only
-the inputs are saved. Sums are partial sums per tile, added in a fixed order: no atomics, the same bits every run.
-The speed is *not yet measured*: a kernel that loses to torch.compile on its real sizes on a GPU is to be deleted.
+
+Eager PyTorch walks 12 and 22 times over the tensor; here forward walks 2 and 3 times, backward 3 times, and
+only the inputs are saved. Sums are partial sums per tile, added in a fixed order: no atomics, the same bits.
+The speed is *not yet measured*: a kernel that loses to torch.compile at its real sizes is to be deleted.
 """
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 
-# -- the definitions ------------------------------------------------------------------------------------------------------
+# -- the definitions -----------------------------------------------------------------------------------------
 
 
 def df_block_reference(x, g0, b0, g1, b1, slope=0.2):
@@ -40,7 +41,7 @@ def de_combine_reference(h, skip, gamma, beta, w, W, S, slope=0.2):
     return w * F.leaky_relu(gamma * h + beta, slope) + (1 - w) * F.leaky_relu(W * h + S, slope) + skip
 
 
-# -- the kernels ----------------------------------------------------------------------------------------------------------
+# -- the kernels ---------------------------------------------------------------------------------------------
 
 
 @jit
@@ -74,7 +75,7 @@ def _df_backward_kernel(x, g0, b0, g1, b1, dy, dx, sums, P, ROWS, SLOPE: tl.cons
     scale0, scale1 = _wide(tl.load(g0 + row)), _wide(tl.load(g1 + row))
     inner = scale0 * value + _wide(tl.load(b0 + row))
     m = _leaky(inner, SLOPE)
-    e = _wide(tl.load(dy + start + p, mask=p < P, other=0.0))       # 0 beyond the last pixel: adds nothing below
+    e = _wide(tl.load(dy + start + p, mask=p < P, other=0.0))    # 0 beyond the last pixel: adds nothing below
     e = tl.where(scale1 * m + _wide(tl.load(b1 + row)) > 0, e, e * SLOPE)
     f = tl.where(inner > 0, e * scale1, e * scale1 * SLOPE)
     tl.store(dx + start + p, (f * scale0).to(dx.dtype.element_ty), mask=p < P)
@@ -89,7 +90,7 @@ def _df_backward_kernel(x, g0, b0, g1, b1, dy, dx, sums, P, ROWS, SLOPE: tl.cons
 def _de_kernel(h, skip, gamma, beta, w, W, S, y, C, P, SLOPE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     p = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    start, pixel = row.to(tl.int64) * P, (row // C).to(tl.int64) * P + p      # pixel: place in the maps (B, P)
+    start, pixel = row.to(tl.int64) * P, (row // C).to(tl.int64) * P + p     # pixel: place in the maps (B, P)
     value = _wide(tl.load(h + start + p, mask=p < P, other=0.0))
     mix = _wide(tl.load(w + row))
     channel = _leaky(_wide(tl.load(gamma + row)) * value + _wide(tl.load(beta + row)), SLOPE)
@@ -126,22 +127,22 @@ def _de_backward_kernel(h, gamma, beta, w, W, S, dy, dh, sums, maps, B, C, P,
     tl.store(slot + B.to(tl.int64) * P, tl.sum(f, 0), mask=p < P)
 
 
-# -- the autograd functions -----------------------------------------------------------------------------------------------
+# -- the autograd functions ----------------------------------------------------------------------------------
 
 
 def _tile(pixels):
-    """Pixels per program, warps: eight float32 a thread, two 16-byte loads. Small maps take the small tile."""
+    """Pixels per program, warps: eight numbers a thread. Small maps take the small tile."""
     return (256, 1) if pixels <= 256 else (1024, 4)
 
 
-BLOCK_C, BLOCK_P = 16, 128     # de_combine backward: partial sums add 2 / 16 + 3 / 128 of the tensor to the traffic
+BLOCK_C, BLOCK_P = 16, 128  # de_combine backward: partial sums add 2 / 16 + 3 / 128 to the traffic
 
 
 def _first_order(name):
     """Refuse a backward that is recorded (create_graph): the kernel's own derivative does not exist."""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{name} can be differentiated once: its kernel has no second derivative. Put a loss that "
-                           'needs one (a gradient penalty) inside  with kernels.use("reference"):')
+        raise RuntimeError(f"{name} can be differentiated once: its kernel has no second derivative. Put "
+                           'a loss that needs one (a gradient penalty) inside  with kernels.use("reference"):')
 
 
 def _sum_dtype(x):
@@ -156,8 +157,8 @@ class _DFBlock(torch.autograd.Function):
         y, pixels = torch.empty_like(x), x[0, 0].numel()
         block, warps = _tile(pixels)
         with on(x):
-            _df_kernel[(g0.numel(), -(-pixels // block))](x, g0, b0, g1, b1, y, pixels, SLOPE=slope, BLOCK=block,
-                                                          num_warps=warps, enable_fp_fusion=True)
+            _df_kernel[(g0.numel(), -(-pixels // block))](
+                x, g0, b0, g1, b1, y, pixels, SLOPE=slope, BLOCK=block, num_warps=warps, enable_fp_fusion=True)
         return y
 
     @staticmethod
@@ -169,8 +170,9 @@ class _DFBlock(torch.autograd.Function):
         tiles = -(-pixels // block)
         sums = torch.empty((tiles, 4, *vectors[0].shape), dtype=_sum_dtype(x), device=x.device)
         with on(x):
-            _df_backward_kernel[(rows, tiles)](x, *vectors, dy.contiguous(), dx, sums, pixels, rows, SLOPE=ctx.slope,
-                                               BLOCK=block, num_warps=warps, enable_fp_fusion=True)
+            _df_backward_kernel[(rows, tiles)](
+                x, *vectors, dy.contiguous(), dx, sums, pixels, rows, SLOPE=ctx.slope, BLOCK=block,
+                num_warps=warps, enable_fp_fusion=True)
         return dx, *sums.sum(0).to(x.dtype), None
 
 
@@ -182,9 +184,9 @@ class _DECombine(torch.autograd.Function):
         y, pixels = torch.empty_like(h), h[0, 0].numel()
         block, warps = _tile(pixels)
         with on(h):
-            _de_kernel[(gamma.numel(), -(-pixels // block))](h, skip, gamma, beta, w, W, S, y, h.shape[1], pixels,
-                                                             SLOPE=slope, BLOCK=block, num_warps=warps,
-                                                             enable_fp_fusion=True)
+            _de_kernel[(gamma.numel(), -(-pixels // block))](
+                h, skip, gamma, beta, w, W, S, y, h.shape[1], pixels, SLOPE=slope, BLOCK=block, num_warps=warps,
+                enable_fp_fusion=True)
         return y
 
     @staticmethod
@@ -197,22 +199,24 @@ class _DECombine(torch.autograd.Function):
         sums = torch.empty((p_tiles, 3, B, C), dtype=_sum_dtype(h), device=h.device)
         maps = torch.empty((c_tiles, 2, *W.shape), dtype=_sum_dtype(h), device=h.device)
         with on(h):
-            _de_backward_kernel[(B * c_tiles, p_tiles)](h, gamma, beta, w, W, S, dy, dh, sums, maps, B, C, pixels,
-                                                        SLOPE=ctx.slope, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P,
-                                                        num_warps=4, enable_fp_fusion=True)
+            _de_backward_kernel[(B * c_tiles, p_tiles)](
+                h, gamma, beta, w, W, S, dy, dh, sums, maps, B, C, pixels, SLOPE=ctx.slope, BLOCK_C=BLOCK_C,
+                BLOCK_P=BLOCK_P, num_warps=4, enable_fp_fusion=True)
         return dh, dy, *sums.sum(0).to(h.dtype), *maps.sum(0).to(h.dtype), None
 
 
-# -- the public functions -------------------------------------------------------------------------------------------------
+# -- the public functions ------------------------------------------------------------------------------------
 
 
 def df_block(x, g0, b0, g1, b1, slope=0.2):
-    """Deep fusion block of GALIP and DF-GAN:  l(g1 l(g0 x + b0) + b1).   x (B, C, H, W), vectors (B, C) -> like x
+    """Deep fusion block of GALIP and DF-GAN:  l(g1 l(g0 x + b0) + b1).   x (B, C, H, W), vectors (B, C)
 
-    Sums are float32. The kernel can be differentiated once and says so (see _first_order). channels_last is copied.
-    raises  ValueError for a vector that is not (B, C), or on another device, or of another dtype outside autocast
+    Sums are float32, the result has x's dtype. The kernel can be differentiated once and says so; a layout that
+    is not contiguous (channels_last) is copied.
+    raises  ValueError for a vector that is not (B, C), on another device, or of another dtype outside autocast
     """
-    vectors = _like("df_block", x, g0=(g0, x.shape[:2]), b0=(b0, x.shape[:2]), g1=(g1, x.shape[:2]), b1=(b1, x.shape[:2]))
+    vector = x.shape[:2]
+    vectors = _like("df_block", x, g0=(g0, vector), b0=(b0, vector), g1=(g1, vector), b1=(b1, vector))
     if x.numel() == 0 or backend(x, _too_many_tiles(x)) == "reference":
         return df_block_reference(x, *vectors, slope)
     return _DFBlock.apply(x.contiguous(), *(v.contiguous() for v in vectors), slope)
@@ -226,8 +230,8 @@ def de_combine(h, skip, gamma, beta, w, W, S, slope=0.2):
     raises  ValueError for a shape, device or dtype (outside autocast) that does not fit h
     """
     vector, one_channel = h.shape[:2], (*h.shape[:1], 1, *h.shape[2:])
-    rest = _like("de_combine", h, skip=(skip, h.shape), gamma=(gamma, vector), beta=(beta, vector), w=(w, vector),
-                 W=(W, one_channel), S=(S, one_channel))
+    rest = _like("de_combine", h, skip=(skip, h.shape), gamma=(gamma, vector), beta=(beta, vector),
+                 w=(w, vector), W=(W, one_channel), S=(S, one_channel))
     if h.numel() == 0 or backend(h, _too_many_tiles(h)) == "reference":
         return de_combine_reference(h, *rest, slope)
     return _DECombine.apply(h.contiguous(), *(t.contiguous() for t in rest), slope)
@@ -236,11 +240,12 @@ def de_combine(h, skip, gamma, beta, w, W, S, slope=0.2):
 def _like(name, x, **wanted):
     """Check each (tensor, shape) of `wanted` against x; under autocast bring it to x's dtype."""
     if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"{name}: the first tensor must be floating point (B, C, H, W), got {x.dtype} {tuple(x.shape)}")
+        raise ValueError(f"{name}: the first tensor must be floating point (B, C, H, W), got {x.dtype} "
+                         f"{tuple(x.shape)}")
     for label, (tensor, shape) in wanted.items():
         if tensor.shape != torch.Size(shape):
-            raise ValueError(f"{name}: {label} is {tuple(tensor.shape)}, but the first tensor {tuple(x.shape)} asks for "
-                             f"{tuple(shape)}")
+            raise ValueError(f"{name}: {label} is {tuple(tensor.shape)}, but the first tensor {tuple(x.shape)} "
+                             f"asks for {tuple(shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{name}: {label} is on {tensor.device}, the first tensor on {x.device}")
         if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -253,7 +258,7 @@ def _too_many_tiles(x):
     return "a picture of more than 2**23 pixels" if x.shape[2] * x.shape[3] > 2 ** 23 else ""
 
 
-# -- rows for kernels/check.py --------------------------------------------------------------------------------------------
+# -- rows for kernels/check.py -------------------------------------------------------------------------------
 
 
 def compile_cases():

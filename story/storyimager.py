@@ -12,10 +12,10 @@ import functools
 from typing import NamedTuple
 
 import torch
-from kernels.attention import frame_story_attention
 from torch import nn
 from torch.nn import functional as F
 
+from kernels.attention import frame_story_attention
 from story.unet import CrossAttention, SelfAttention, UNet
 
 # -- the board (Fig. 2) ---------------------------------------------------------------------------------------------------

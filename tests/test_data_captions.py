@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import captions, parts, safe, views, world
-from data.captions import load, load_edits
+from data import captions, edits, parts, safe, views, world
+from data.captions import load
+from data.edits import load as load_edits
 
 COUNTS = [("birds", "birds", "train", 215, 2150), ("birds", "birds", "test", 220, 2200),
           ("birds64", "birds", "train", 215, 2150), ("birds64", "birds", "test", 220, 2200),
@@ -276,7 +277,7 @@ def test_packs_are_read_resized_and_cut_by_rows(tmp_path):
 
 @pytest.mark.parametrize("change, sentence", [
     ({"images": np.zeros((20, 4, 4, 3), np.float32)}, r"x\.npz must hold `images`, uint8"),
-    ({"images": np.zeros((19, 4, 4, 3), np.uint8)}, r"x\.jsonl has 20 lines, .*x\.npz has 19 pictures"),
+    ({"images": np.zeros((19, 4, 4, 3), np.uint8)}, r"x\.jsonl has 20 lines, .*x\.npz has 19 rows"),
     ({"rows": [{"index": 0, "captions": ["a"]}] * 20}, r"x\.jsonl, line 2 has index 0, expected 1"),
     ({"rows": [{"index": i, "captions": ["a"] if i else ["  "]} for i in range(20)]}, r"x\.jsonl, line 1 has no caption"),
     ({"rows": [{"index": i, "captions": "a"} for i in range(20)]}, r"line 1: 'captions' is 'a', expected list"),
@@ -336,9 +337,9 @@ def test_emoji_edits_have_the_counts_of_the_readme_and_stay_in_their_part(shared
     with np.load(shared / "emoji" / f"{name}_test.npz") as arrays:
         images = arrays["images"]
     source, target, kind, said = (shared / "emoji" / f"{name}_test_edits.tsv").read_text().splitlines()[4].split("\t")
-    edits = found["test"]
-    assert (edits.kinds[3], edits.instructions[3]) == (kind, said)
-    for row, shown in ((source, edits.source([3])), (target, edits.target([3]))):
+    pairs = found["test"]
+    assert (pairs.kinds[3], pairs.instructions[3]) == (kind, said)
+    for row, shown in ((source, pairs.source([3])), (target, pairs.target([3]))):
         assert np.allclose(shown[0].permute(1, 2, 0), images[int(row)] / 127.5 - 1, atol=1e-6)
 
 
@@ -346,25 +347,25 @@ def test_an_edit_list_that_is_wrong_is_named(tmp_path):
     np.savez(tmp_path / "noto_test.npz", images=np.zeros((3, 4, 4, 3), np.uint8))
     rows = [{"index": i, "captions": ["a"], "base_label": "a"} for i in range(3)]
     (tmp_path / "noto_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for line, sentence in (("0\t9\ttone\tx", r"rows \(0, 9\) are not both among the 3"), ("0 1 tone x", "is not 'source target")):
+    for line, sentence in (("0\t9\ttone\tx", r"rows \(0, 9\) are not among the 3"), ("0 1 tone x", "is not 'source target")):
         (tmp_path / "noto_test_edits.tsv").write_text(f"source\ttarget\tkind\tinstruction\n{line}\n")
         with pytest.raises(ValueError, match=r"edits\.tsv, line 2: .*" + sentence):
             load_edits("noto", tmp_path, "test", 4)
 
 
 def test_codraw_edits_go_from_frame_to_frame(shared):
-    edits = load_edits("codraw", shared / "codraw", "test")
-    assert len(edits) == 200 * 4
-    assert torch.equal(edits.source([1]), edits.target([0])) and not torch.equal(edits.source([4]), edits.target([3]))
+    pairs = load_edits("codraw", shared / "codraw", "test")
+    assert len(pairs) == 200 * 4
+    assert torch.equal(pairs.source([1]), pairs.target([0])) and not torch.equal(pairs.source([4]), pairs.target([3]))
     lines = (shared / "codraw" / "stories_val.jsonl").read_text().splitlines()
-    assert edits.instructions[:4] == json.loads(lines[0])["captions"][1:]
+    assert pairs.instructions[:4] == json.loads(lines[0])["captions"][1:]
 
 
 def test_birds_get_another_birds_sentence(shared):
-    edits = load_edits("birds", shared / "birds", "test")
+    pairs = load_edits("birds", shared / "birds", "test")
     again = load_edits("birds", shared / "birds", "test")
-    assert edits.target is None and list(edits.instructions) == list(again.instructions)
-    own = sum(text in texts for text, texts in zip(edits.instructions, edits.captions, strict=True))
+    assert pairs.target is None and list(pairs.instructions) == list(again.instructions)
+    own = sum(text in texts for text, texts in zip(pairs.instructions, pairs.captions, strict=True))
     assert own <= 4, "the instruction should come from another picture (a few sentences occur twice in the set)"
 
 
@@ -380,16 +381,16 @@ def test_builtin_pictures_are_the_worlds():
 
 
 def test_builtin_edits_leave_everything_but_the_mask_alone():
-    edits = load_edits(split="test", size=32)
+    pairs = load_edits(split="test", size=32)
     rows = list(range(12))
-    source, target, mask = edits.source(rows), edits.target(rows), edits.mask(rows)
+    source, target, mask = pairs.source(rows), pairs.target(rows), pairs.mask(rows)
     assert mask.shape == (12, 1, 32, 32) and ((source == target) | (mask > 0)).all()
     assert all((source[b] != target[b]).any() for b in range(12)), "every edit changes something"
-    assert edits.instructions[4] == views.edits([4], 0, "test")["sentence"][0] and edits.kinds[4] in views.EDITS
+    assert pairs.instructions[4] == views.edits([4], 0, "test")["sentence"][0] and pairs.kinds[4] in views.EDITS
 
 
 def test_no_error_sentence_spans_lines():
     """What a user reads is one line: no raise in the loaders holds a line break."""
-    for module in (captions, parts, safe):
+    for module in (captions, edits, parts, safe):
         source = open(module.__file__, encoding="utf-8").read()
         assert not re.search(r'(ValueError|FileNotFoundError)\(f?"[^"]*\\n', source), module.__name__

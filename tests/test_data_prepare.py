@@ -157,12 +157,12 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(server, tmp_path):
 
 
 def test_the_command_fetches_what_it_lists_and_says_the_rest(server, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(prepare.FETCH, "svqa", ("good/raw", f"\n   a.txt {len(BODY)} {SHA}\n   b.txt "
+    monkeypatch.setitem(prepare.FETCH, "svqa", ("good", f"\n   a.txt {len(BODY)} {SHA}\n   b.txt "
                                                             f"{len(BODY)} {SHA}\n"))
     main(["svqa", f"--root={tmp_path / 'svqa'}", f"--mirror={server}"])
     told = capsys.readouterr().out
     assert "svqa comes from" in told and "questions.json" in told and "--check" in told and told.count("fetched") == 2
-    assert [path for path, _ in Server.asked] == ["/good/raw/a.txt", "/good/raw/b.txt"]
+    assert [path for path, _ in Server.asked] == [f"/good/{name}.txt" for name in "ab"]
     assert sorted(f.name for f in (tmp_path / "svqa").iterdir()) == ["a.txt", "b.txt"]
     main(["svqa", f"--root={tmp_path / 'svqa'}", f"--mirror={server}"])
     assert capsys.readouterr().out.count("complete") == 2

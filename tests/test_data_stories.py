@@ -243,7 +243,7 @@ def test_ar_ldms_file_is_read_where_h5py_is_installed(tmp_path):
 @pytest.mark.parametrize("captions, images, sentence", [
     ([["a", "b"], ["c"]], (2, 2, 4, 4, 3), r"jsonl, line 2 needs 2 captions, one a frame and none empty; it has 1"),
     ([["a", "b"], ["c", " "]], (2, 2, 4, 4, 3), r"jsonl, line 2 needs 2 captions"),
-    ([["a", "b"]], (2, 2, 4, 4, 3), r"jsonl has 1 lines, .*npz has 2 stories"),
+    ([["a", "b"]], (2, 2, 4, 4, 3), r"jsonl has 1 lines, .*npz has 2 rows"),
     ([["a", "b"]], (1, 4, 4, 3), r"npz must hold `images`, uint8 \(N, F, h, w, 3\)"),
 ])
 def test_a_pack_of_the_wrong_shape_ends_in_one_sentence(tmp_path, captions, images, sentence):

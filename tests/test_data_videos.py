@@ -307,8 +307,8 @@ def test_frames_that_are_no_video_end_in_one_sentence(tmp_path):
     for call, sentence in (
             (lambda: open_frames(still)["one"], r"one\.gif has a single frame, so nothing in it moves"),
             (lambda: open_frames(cut)["cut"], r"cut\.gif is not a GIF that can be read, or it is cut"),
-            (lambda: open_frames(film), "films holds video files; cut each into pictures first, for example  ffmpeg"),
-            (lambda: open_frames(film / "x.mp4"), r"x\.mp4 is not a \.zip, \.gif or \.npz; cut each into pictures first"),
+            (lambda: open_frames(film), "films holds video files; cut films into pictures first, as in  ffmpeg"),
+            (lambda: open_frames(film / "x.mp4"), r"x\.mp4 is not a \.zip, \.gif or \.npz; cut films into pictures first"),
             (lambda: open_frames(bad), r"bad\.zip is not a zip, or it is cut"),
             (lambda: open_frames(tmp_path / "f.npz")["a"], r"f\.npz, a is uint8 \(3, 4, 4\); a video must be uint8"),
             (lambda: open_frames(tmp_path / "hurt.zip")["v"][0], r"hurt\.zip: v/0\.jpg is not a picture that can be read"),
@@ -363,7 +363,7 @@ def test_word_vectors_are_zero_where_there_is_none(tmp_path):
     out = read_glove(tmp_path / "glove.txt", {"<NULL>": 0, "dog": 1, "cat": 2})
     assert out.tolist() == [[0, 0, 0], [4, 5, 6], [1, 2, 3]]
     (tmp_path / "glove.txt").write_text("cat 1 x 3\n")
-    with pytest.raises(ValueError, match=r"glove\.txt, line 1: .* is not a word and its numbers"):
+    with pytest.raises(ValueError, match=r"glove\.txt, line 1: .* is not a word and numbers"):
         read_glove(tmp_path / "glove.txt", {"cat": 0})
     with pytest.raises(FileNotFoundError, match=r"no\.txt is missing: glove\.840B\.300d\.txt"):
         read_glove(tmp_path / "no.txt", {})

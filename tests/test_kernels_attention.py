@@ -281,6 +281,15 @@ def test_captions_may_be_shorter_and_the_gate_a_number(path, device):
     torch.testing.assert_close(out[:, ~left], story[:, ~left])                # no words: the story alone
 
 
+def test_a_big_board_with_queries_of_its_own_story_takes_the_kernel(device):
+    q, kf, ks = (torch.zeros(s, device=device) for s in ((1, 1024, 8, 40), (1, 4, 77, 8, 40), (1, 8, 8, 40)))
+    seen = []
+    with kernels.use("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention._FrameStory, "apply", lambda *x: seen.append(x) or x[0])
+        frame_story_attention(q, kf, kf, ks, ks, 1.0, (2, 2), (32, 32), q_story=q)
+    assert len(seen) == 1
+
+
 def test_cut_and_paste_are_inverse_and_row_by_row():
     x = torch.arange(24.0).view(1, 24, 1, 1)                                  # a board of 4 x 6 tokens
     pieces = attention.cut(x, (2, 2), (4, 6))

@@ -10,11 +10,22 @@ from data import clip, pretrain, views, world
 from data import reader as readers
 from data.batches import generator
 from data.clip import standard
-from data.pretrain import Config, Task, claims, contrastive, mixture, recall_at_1, soft_targets, spoil
+from data.pretrain import (
+    Config,
+    Task,
+    claims,
+    contrastive,
+    lookalikes,
+    mixture,
+    recall_at_1,
+    soft_targets,
+    spoil,
+)
 from data.reader import NO_SHAPE, Reader, accuracy, agree
 from data.weights import sha256
 
 WEIGHTS = clip.SMALL.parent
+SHIPPED = clip.SMALL.is_file()
 FRESH = range(70_000, 70_200)            # rows of the test split that no evaluation of a training run looks at
 
 
@@ -69,20 +80,30 @@ def test_every_kind_of_sentence_fits_the_words_and_the_context():
     for t in range(9):                                      # the nine kinds of partial captions
         scene, texts = mixture(t, 64, 0)
         assert len(texts) == len(scene["key"]) == 64 and words(texts).shape == (64, 40)
-        assert world.render(world.pick(scene, slice(40, 64)))[1].shape == (24, 3, 64, 64)
+        assert world.render(world.pick(scene, slice(28, 64)))[1].shape == (36, 3, 64, 64)
     tales = views.stories(range(50), frames=6)["sentences"]
     words([text for story in tales for text in story] + views.edits(range(100))["sentence"])
 
 
 def test_products_and_frames_keep_their_own_sentences():
     scene, texts = mixture(0, 64, 0)
-    fact = world.facts(scene)
+    facts = world.facts(scene)
+    for text, fact in zip(texts[1:32:2] + texts[32:48], facts[1:32:2] + facts[32:48], strict=True):
+        assert "background" in text and text.count(" and ") == (len(fact["objects"]) > 1)       # all is told
+        assert all(o["colour"] in text for o in fact["objects"])
     assert all(text.split()[0] in world.MATERIALS for text in texts[48:56])
-    assert all(name in text or text.startswith(("It", "They")) for text in texts[56:] for name in [text.split()[0]])
-    assert all("background" in text for text in texts[1:48:2])            # every other scene tells everything
-    for text, f in zip(texts[1:48:2], fact[1:48:2], strict=True):
-        assert text.count(" and ") == (len(f["objects"]) > 1) and all(o["colour"] in text for o in f["objects"])
+    assert all(text.split()[0] in ("It", "They", *world.NAMES) for text in texts[56:])
     assert (scene["size"][48:] == -1).all() and not scene["present"][56:, 2].any()
+
+
+def test_lookalikes_share_colour_and_background_but_never_a_held_out_combination():
+    scene = lookalikes(torch.arange(800), 0)
+    assert scene["present"].sum() == 800
+    for name in ("colour", "background", "pattern"):
+        assert (scene[name].view(100, 8, -1) == scene[name].view(100, 8, -1)[:, :1]).all()
+        assert len(scene[name][::8].unique()) > 3
+    assert not world.HELD_OUT[scene["shape"], scene["colour"], scene["texture"]].any()
+    assert min(len(group.unique()) for group in scene["shape"].view(100, 8)) > 1
 
 
 def test_spoiling_leaves_the_originals_alone_and_marks_what_it_smears():
@@ -227,6 +248,7 @@ def test_impossible_options_get_a_sentence(options, message):
 # -- what is shipped -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not SHIPPED, reason="no weights are shipped yet: python train.py clip makes them")
 def test_shipped_weights_are_small_and_are_those_of_the_readme():
     files = sorted(WEIGHTS.glob("*.safetensors"))
     assert [f.name for f in files] == ["clip-small.safetensors", "reader.safetensors"]
@@ -237,11 +259,13 @@ def test_shipped_weights_are_small_and_are_those_of_the_readme():
         assert found, f"data/weights/README.md has another SHA-256 of {file.name}"
 
 
+@pytest.mark.skipif(not SHIPPED, reason="no weights are shipped yet: python train.py clip makes them")
 def test_the_shipped_word_table_is_the_worlds():
     """If it fails the grammar has new words: train again with  python train.py clip --fresh --export"""
     assert clip.small_tokeniser().words == list(world.WORDS)
 
 
+@pytest.mark.skipif(not SHIPPED, reason="no weights are shipped yet: python train.py clip makes them")
 def test_shipped_clip_retrieves_among_a_hundred():
     """Floor 0.6, chance 0.01; data/weights/README.md has what was measured."""
     model, words = clip.small(), clip.small_tokeniser()
@@ -253,6 +277,7 @@ def test_shipped_clip_retrieves_among_a_hundred():
     assert there > 0.6 and back > 0.6, f"R@1 {there:.2f} and {back:.2f}: has the renderer changed? train again"
 
 
+@pytest.mark.skipif(not SHIPPED, reason="no weights are shipped yet: python train.py clip makes them")
 def test_shipped_reader_reads_fresh_renders():
     """Floor 0.95 on 200 fresh pictures, about 400 objects (the full test split is held to 0.97 in the slow test)."""
     scene = world.scenes(FRESH, split="test")
@@ -260,6 +285,7 @@ def test_shipped_reader_reads_fresh_renders():
     assert min(right.values()) > 0.95, f"{right}: has the renderer changed? train again"
 
 
+@pytest.mark.skipif(not SHIPPED, reason="no weights are shipped yet: python train.py clip makes them")
 def test_shipped_reader_calls_smears_no_shape():
     scene = world.scenes(FRESH, split="test", objects=(1, 1))
     spoilt, truth = spoil(world.render(scene)[0], scene, generator(9))

@@ -61,7 +61,7 @@ def retell(sentences):
 @pytest.mark.parametrize("looks", ["fixed", "story"])
 def test_pronouns_resolve_to_who_is_drawn(looks):
     view = views.stories(range(300), frames=5, looks=looks)
-    assert 0.45 < view["pronoun"].float().mean() < 0.75                   # measured 0.58
+    assert 0.45 < view["pronoun"].float().mean() < 0.75                   # measured 0.57
     for b in range(300):
         frames, told = retell(view["sentences"][b])
         for f, (who, said) in enumerate(frames):
@@ -188,7 +188,7 @@ def test_answers_and_evidence_follow_from_the_frames():
 @pytest.mark.parametrize("kind", quiz.TYPES)
 def test_a_type_of_question_can_be_asked_alone(kind):
     asked = Counter(quiz.clips(range(60), types={kind: 1})["type"])
-    assert set(asked) <= {kind, "count"} and asked[kind] > 0.8 * 480      # "same direction" measured 0.88
+    assert set(asked) <= {kind, "count"} and asked[kind] > 0.8 * 480      # "same direction" measured 0.92
 
 
 def test_answers_are_balanced_and_words_do_not_betray_them():

@@ -1,0 +1,111 @@
+"""Pictures to edit, each with an instruction: the input of DE-Net.
+
+    edits = load("noto", root="emoji", split="test", size=64)
+    edits.source([0]), edits.instructions[0], edits.target([0])
+
+    builtin                 the six kinds of data/views.py, with the result and the mask of what may change
+    noto, emojitwo          the same emoji in another skin tone or gender
+    codraw                  frame t of a story, the words of step t + 1, frame t + 1
+    others of captions.py   the instruction is a sentence of another picture; no result is known
+"""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import captions, safe, stories, views
+from data.batches import seed_from
+from data.parts import BUILTIN, Lazy, check_name, set_aside
+
+
+@dataclass
+class Edits:
+    """E pictures with instructions; what is not known is None."""
+    name: str
+    size: int                         # pixels of a side
+    instructions: Sequence            # E sentences
+    kinds: Sequence                   # E of tone, gender, recolour, ...
+    source: Callable                  # rows -> (B, 3, size, size) in [-1, 1]
+    captions: Sequence                # E lists of sentences that are true of the source
+    target: Callable | None = None    # rows -> (B, 3, size, size), the known result
+    mask: Callable | None = None      # rows -> (B, 1, size, size), 1 where the edit may change a pixel
+
+    def __len__(self):
+        return len(self.instructions)
+
+
+def load(name="builtin", root="", split="test", size=64, seed=0, holdout=0.1, kinds=views.EDITS):
+    """Open a data set by name, as in captions.load.   kinds: of the built-in world's edits   -> Edits"""
+    check_name(name, captions.NAMES, root, split, "edits")
+    if name == "builtin":
+        return builtin(split, size, seed, kinds)
+    if name == "codraw":
+        return steps(stories.load(name, root, split, size, holdout=holdout))
+    if name in ("noto", "emojitwo"):
+        return emoji(name, Path(root), split, size, holdout)
+    data = captions.load(name, root, split, size, seed, holdout)
+
+    def other(row):
+        return (row + 1 + seed_from(seed, row) % max(1, len(data) - 1)) % len(data)
+
+    said = Lazy(len(data), lambda row: data.sentences([other(row)], seed)[0])
+    return Edits(name, size, said, ["other"] * len(data), data.images, data.captions)
+
+
+def builtin(split, size, seed, kinds):
+    """Edits of the world: the picture that should come out and the pixels that may change are known."""
+    def view(rows):
+        return views.edits([int(row) for row in rows], seed, split, kinds)
+
+    def shown(rows):
+        return views.edit_pictures(view(rows), size)
+
+    def told(make):
+        return Lazy(BUILTIN[split], lambda row: make(view([row])))
+
+    return Edits("builtin", size, told(lambda v: v["sentence"][0]),
+                 told(lambda v: views.EDITS[int(v["kind"][0])]),
+                 lambda rows: shown(rows)[0], told(lambda v: v["caption_before"][:1]),
+                 lambda rows: shown(rows)[1], lambda rows: shown(rows)[2][:, None].float())
+
+
+def emoji(name, root, split, size, holdout):
+    """X_edits.tsv: `source target kind instruction`, rows of X.npz. A pair is of one concept: of one part."""
+    part = "test" if split == "test" else "train"
+    data = captions.load(name, root, part, size, holdout=0)
+    valid = set(set_aside(captions.concepts(data), holdout)) if part == "train" else set()
+    pairs, said, kinds = [], [], []
+    file = root / f"{name}_{part}_edits.tsv"
+    lines = safe.read_text(file, "source, target, kind, instruction").splitlines()
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            source, target, kind, instruction = line.split("\t")
+            pair = int(source), int(target)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {line!r:.60} is not 'source target kind instruction' "
+                             "with tabs between and two row numbers") from error
+        if not 0 <= min(pair) <= max(pair) < len(data):
+            raise ValueError(f"{file}, line {number}: rows {pair} are not among the {len(data)} pictures")
+        if (pair[0] in valid) == (pair[1] in valid) == (split == "valid"):
+            pairs.append(pair)
+            said.append(instruction)
+            kinds.append(kind)
+
+    def end(side):
+        return lambda rows: data.images([pairs[int(row)][side] for row in rows])
+
+    return Edits(name, size, said, kinds, end(0), [data.captions[source] for source, _ in pairs], end(1))
+
+
+def steps(data):
+    """Frame t of a story, the sentence of frame t + 1, frame t + 1."""
+    places = [(story, t) for story, told in enumerate(data.captions) for t in range(len(told) - 1)]
+
+    def frame(later):
+        def pictures(rows):
+            picked = [places[int(row)] for row in rows]
+            shown = data.frames([story for story, _ in picked])                      # (B, F, 3, H, W)
+            return shown[range(len(picked)), [t + later for _, t in picked]]
+        return pictures
+
+    return Edits(data.name, data.size, [data.captions[s][t + 1] for s, t in places], ["draw"] * len(places),
+                 frame(0), [[data.captions[s][t]] for s, t in places], frame(1))
