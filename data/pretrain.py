@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from data import clip, parallel, views, world
@@ -24,6 +25,7 @@ from data.weights import write_safetensors
 LARGEST_SCALE = math.log(100)        # the temperature's bound in the paper
 CANDIDATES = 100                     # captions of one retrieval test: chance is 1 / 100
 FRAMES = 4                           # of a story in a batch
+PATCHES = ("shape", "texture", "colour")
 LOOKALIKES = 8                       # pictures of one colour on one background
 
 
@@ -51,6 +53,7 @@ class Config:
     size: int = 64               # pixels a side of a picture
     context: int = 40            # words with start and end
     soft: bool = True            # equal sentences in a batch share their target
+    crutch: float = 1.0          # first weight of the patch labels, which fades out over the first half of the steps
     export: bool = False         # also write the weights to data/weights/
 
 
@@ -77,6 +80,19 @@ def contrastive(image, text, logit_scale, targets):
     """Symmetric cross-entropy over a batch.   image, text (N, E) raw, targets (N, N) symmetric -> scalar"""
     logits = logit_scale.exp() * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T      # (N, N)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def patch_labels(masks, scene, grid):
+    """What shape, texture and colour each patch shows, one number more for none.   -> {name: (B, g, g) int64}
+
+    masks (B, O, H, W): a patch belongs to the object that covers most of it, if that is at least a quarter.
+    """
+    cover, which = F.adaptive_avg_pool2d(masks, grid).max(1)                                 # (B, g, g)
+    labels = {}
+    for name in PATCHES:
+        own = scene[name][:, :, None, None].expand(-1, -1, grid, grid).gather(1, which[:, None])[:, 0]
+        labels[name] = torch.where(cover > 0.25, own, len(world.VALUES[name]))
+    return labels
 
 
 # -- what they are trained on --------------------------------------------------------------------------------
@@ -183,12 +199,13 @@ class Task:
         text = TextTower(cfg.text_width, cfg.text_depth, cfg.heads, cfg.context, self.words.size, cfg.embed)
         self.clip = CLIP(image, text).to(device)
         self.reader = readers.Reader().to(device)
+        self.crutch = nn.Conv2d(cfg.width, sum(len(world.VALUES[name]) + 1 for name in PATCHES), 1).to(device)
         matrices = {n: p for n, p in self.clip.named_parameters() if p.ndim > 1 and "embedding" not in n}
-        others = [p for n, p in self.clip.named_parameters() if n not in matrices]
+        others = [p for n, p in self.clip.named_parameters() if n not in matrices] + list(self.crutch.parameters())
         groups = [{"params": list(matrices.values())}, {"params": others, "weight_decay": 0.0}]
         self.optimiser = torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), eps=1e-6, weight_decay=cfg.decay)
         self.reader_optimiser = torch.optim.AdamW(self.reader.parameters(), lr=cfg.reader_lr, weight_decay=0.02)
-        self.saved = {"clip": self.clip, "reader": self.reader, "optimiser": self.optimiser,
+        self.saved = {"clip": self.clip, "reader": self.reader, "crutch": self.crutch, "optimiser": self.optimiser,
                       "reader_optimiser": self.reader_optimiser}
         self.chance = {f"R@1{how}": 1 / CANDIDATES for how in ("", " picture to text", " text to picture", " unseen")}
         for name, values in world.VALUES.items():
@@ -203,7 +220,7 @@ class Task:
     def update(self, batch, step):
         """One step of both. Every rank computes the whole batch: all pairs are each other's negatives."""
         scene, texts = batch
-        pictures = world.render(scene, self.cfg.size)[0]
+        pictures, masks = world.render(scene, self.cfg.size)
         losses = {}
         if step < self.cfg.reader_steps:
             self.reader.train()
@@ -214,11 +231,19 @@ class Task:
             parallel.descend(self.reader_optimiser, losses["reader"])
         self.schedule(self.optimiser, self.cfg.lr, step, self.cfg.steps)
         targets = soft_targets(texts) if self.cfg.soft else torch.eye(len(texts))
-        image = self.clip.encode_image(standard(pictures, self.cfg.size))[1]
+        patches, image = self.clip.encode_image(standard(pictures, self.cfg.size), (self.cfg.depth - 1,))
         losses["clip"] = contrastive(image, self.sentences(texts), self.clip.logit_scale, targets.to(self.device))
-        parallel.descend(self.optimiser, losses["clip"], clip=1.0)
+        fade = self.cfg.crutch * max(0.0, 1 - 2 * step / self.cfg.steps)
+        if fade:
+            losses["patches"] = self.lean(patches[:, 0], patch_labels(masks, scene, self.clip.grid))
+        parallel.descend(self.optimiser, losses["clip"] + fade * losses.get("patches", 0), clip=1.0)
         self.clip.logit_scale.data.clamp_(max=LARGEST_SCALE)
         return {name: value.detach() for name, value in losses.items()}
+
+    def lean(self, patches, labels):
+        """Cross-entropy of what the patch tokens (B, w, g, g) show, read by a linear map that is thrown away."""
+        logits = self.crutch(patches).split([len(world.VALUES[name]) + 1 for name in PATCHES], 1)
+        return sum(F.cross_entropy(y, labels[name]) for y, name in zip(logits, PATCHES, strict=True))
 
     def schedule(self, optimiser, lr, step, steps):
         """Linear warm-up over 100 steps, then a cosine to 0."""

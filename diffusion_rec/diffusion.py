@@ -135,7 +135,7 @@ class Target(NamedTuple):
     """What x_hat should be: `low` everywhere except at the entries of `rows`, where it is `value`."""
 
     low: torch.Tensor       # (B,)
-    rows: Graph             # (B, I) with E entries; its weights are not used
+    rows: Graph             # (B, I) with E entries; weights x_0: 1 at clicks, 0 at entries that only have a special target
     value: torch.Tensor     # (E,)
 
     def dense(self):

@@ -55,22 +55,22 @@ def latent_noise_naive(table, eps):
     return eps @ table
 
 
-def reconstruction(h, out, bias, target):
-    """sum_i (f_i - y_i)^2 for y = V h + b without y.   h (B, d) -> (B,)
+def reconstruction(h, out, bias, target, click_weight=1.0):
+    """sum_i w_i (f_i - y_i)^2 for y = V h + b without y; w is click_weight at clicks, 1 elsewhere.   h (B, d) -> (B,)
 
     Were every target `low`: h^T V^T V h + 2 h.V^T b + b.b - 2 low (h.V^T 1 + sum b) + I low^2.
-    Each special entry e then trades (low - y_e)^2 for (value_e - y_e)^2 = ... + (low - value)(2 y - low - value).
+    Each special entry e then trades (low - y_e)^2 for w_e (value_e - y_e)^2.
     """
     low, row = target.low, target.rows.row_of
     everywhere = ((h @ (out.T @ out)) * h).sum(1) + 2 * h @ (out.T @ bias) + bias @ bias
     everywhere = everywhere - 2 * low * (h @ out.sum(0) + bias.sum()) + len(out) * low.square()
-    y = observed(h, out, bias, target.rows)
-    trade = (low[row] - target.value) * (2 * y - low[row] - target.value)
-    return everywhere.index_add(0, row, trade)
+    y, w = observed(h, out, bias, target.rows), 1 + (click_weight - 1) * target.rows.weight
+    return everywhere.index_add(0, row, w * (target.value - y).square() - (low[row] - y).square())
 
 
-def reconstruction_naive(h, out, bias, target):
-    return (target.dense() - (h @ out.T + bias)).square().sum(1)
+def reconstruction_naive(h, out, bias, target, click_weight=1.0):
+    w = 1 + (click_weight - 1) * target.rows.dense()
+    return (w * (target.dense() - (h @ out.T + bias)).square()).sum(1)
 
 
 def observed(h, out, bias, rows):

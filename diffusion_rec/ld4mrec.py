@@ -44,34 +44,34 @@ def normalised(clicks, smooth=0.0):
 
 
 def collaborative_signal(graph, k, rounds=12):
-    """c_u: rows of U_k sqrt(Sigma_k) of a sparse matrix, by subspace iteration [F][K].   -> (U, k) float32
+    """Truncated SVD R ~ U_k Sigma_k V_k^T of a sparse matrix by subspace iteration [F][K].   -> (I, k) float32
 
-    Deterministic: a fixed start, and the largest entry of each right vector is positive. Directions beyond the rank (singular
-    value below 1e-4 of the first, or k > min(U, I)) are columns of zeros: their rotation would be noise.
+    Returned is V_k / sqrt(Sigma_k), as graph @ it = U_k sqrt(Sigma_k), the users' c_u. Deterministic: a fixed start, and the
+    largest entry of each column is positive. Directions beyond the rank (singular value below 1e-4 of the first, or
+    k > min(U, I)) are columns of zeros: their rotation would be noise.
     """
     width = min(k + 16, *graph.shape)
     q = torch.randn(graph.shape[1], width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     q = q.to(graph.device)
     for _ in range(rounds):
         q = torch.linalg.qr(propagate(graph.T, propagate(graph, q)))[0]
-    left, sigma, right = torch.linalg.svd(propagate(graph, q), full_matrices=False)
+    _, sigma, right = torch.linalg.svd(propagate(graph, q), full_matrices=False)
     right = q @ right.T                                                       # (I, width)
     sign = right.gather(0, right.abs().argmax(0)[None])[0].sign()
-    c = left * sign * sigma.sqrt() * (sigma > 1e-4 * sigma[0].clamp(min=1e-12))
-    return F.pad(c, (0, max(0, k - width)))[:, :k].float()
+    there = sigma > 1e-4 * sigma[0].clamp(min=1e-12)
+    scaled = right * sign * torch.where(there, sigma, 1.0).rsqrt() * there
+    return F.pad(scaled, (0, max(0, k - width)))[:, :k].float()
 
 
-def modality_preference(graph, x, most=256):
-    """p_u = R_hat X: one parameter-free hop [F][K].   graph Graph (U, I), x (I, d_m) -> (U, min(d_m, most)) float32
+def content(x, most=256):
+    """Item content X_m ready for p_u = R_hat X_m.   x (I, d_m) -> (I, min(d_m, most)) float32, rows of length 1
 
-    Columns are standardised and rows get length 1 first, as image vectors have large norms [I]. Wide features are reduced
-    by PCA, so that U x 4096 numbers are never stored.
+    Columns are standardised and rows get length 1, as image vectors have large norms [I]. Wide features are reduced by PCA.
     """
     x = x.double() - x.double().mean(0)
     if x.shape[1] > most:
         x = x @ torch.linalg.eigh(x.T @ x / len(x))[1][:, -most:]
-    x = x / x.std(0, correction=0).clamp(min=1e-6)
-    return propagate(graph, F.normalize(x, dim=1).float())
+    return F.normalize(x / x.std(0, correction=0).clamp(min=1e-6), dim=1).float()
 
 
 # -- C-Net (section 5) -------------------------------------------------------------------------------------------------------
@@ -178,18 +178,35 @@ class LD4MRec(nn.Module):
             self.pattern, self.score = neighbour_scores(self.clicks, cfg.neighbours)
 
     def conditions(self, features):
-        """c_u and p_um of every user, no gradient."""
-        cfg, self.preferences = self.cfg, {}
+        """Item tables whose sums over a user's clicks are c_u and p_um (Sec. 4), side by side; no gradient."""
+        cfg, clicks = self.cfg, self.clicks
+        tables, self.widths = [], {}
         if cfg.guide_modality and not features:
             raise ValueError("modality guidance needs content features; without any pass --guide_modality=false")
         if cfg.guide_collab:
-            graph = self.clicks if cfg.collab == "raw" else normalised(self.clicks, cfg.smooth)
-            self.register_buffer("svd_user", collaborative_signal(graph, cfg.svd))             # (U, k)
+            raw = cfg.collab == "raw"
+            graph = clicks if raw else normalised(clicks, cfg.smooth)
+            per_item = 1.0 if raw else (clicks.T.counts + cfg.smooth).clamp(min=1).rsqrt()[:, None]
+            tables.append(per_item * collaborative_signal(graph, cfg.svd))
+            self.register_buffer("per_user_c", torch.ones(self.users) if raw else (clicks.counts + cfg.smooth).clamp(min=1).rsqrt())
         if cfg.guide_modality:
-            graph = normalised(self.clicks)
+            per_item = clicks.T.counts.clamp(min=1).rsqrt()[:, None]
+            self.register_buffer("per_user_p", clicks.counts.clamp(min=1).rsqrt())
             for m, x in features.items():
-                self.register_buffer(f"preference_{m}", modality_preference(graph, x), persistent=False)
-                self.preferences[m] = f"preference_{m}"
+                tables.append(per_item * content(x))
+                self.widths[m] = tables[-1].shape[1]
+        if tables:
+            self.register_buffer("guides", torch.cat(tables, 1))                               # (I, k + sum d_m)
+
+    def guidance(self, rows, users):
+        """c_u = R_hat V / sqrt(Sigma) and p_um = R_hat X_m, Sec. 4.   rows Graph (B, I) -> c (B, k) or None, p {m: (B, d_m)}"""
+        cfg = self.cfg
+        if not cfg.guide_collab and not self.widths:
+            return None, {}
+        sums = propagate(rows, self.guides)
+        c = sums[:, : cfg.svd] * self.per_user_c[users, None] if cfg.guide_collab else None
+        parts = sums[:, cfg.svd * cfg.guide_collab :].split(list(self.widths.values()), 1) if self.widths else ()
+        return c, {m: x * self.per_user_p[users, None] for m, x in zip(self.widths, parts, strict=True)}
 
     def network(self):
         """FC -> BD -> BG -> BD -> BG -> FC [F] between the two tables."""
@@ -198,7 +215,7 @@ class LD4MRec(nn.Module):
         self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))                 # tau(t)
         self.t_in = nn.Parameter(torch.zeros(d))                                               # delta of tau_in [K]
         if guided:
-            self.attn = Preference(cfg, {m: getattr(self, name).shape[1] for m, name in self.preferences.items()})
+            self.attn = Preference(cfg, self.widths)
         single = cfg.width * (cfg.order == "single" and guided)
         given = d + cfg.svd * cfg.guide_collab + single
         self.bd = nn.ModuleList(Denoise(cfg, given) for _ in range(cfg.layers))
@@ -212,13 +229,12 @@ class LD4MRec(nn.Module):
         """Learnable input time of forward-free inference: tau(0) + delta [K]; how it is trained is UNVERIFIED."""
         return self.tau(torch.zeros(1, device=self.t_in.device)).expand(n, -1) + self.t_in
 
-    def forward(self, entered, tau, users):
-        """C-Net between the tables.   entered (B, d) = W_in^T x, tau (B, d_t), users (B,) -> h (B, d)"""
-        h, given, r = entered + self.bias_in, [tau], None
-        if self.cfg.guide_collab:
-            given.append(self.svd_user[users])
-        if self.cfg.guide_modality:
-            r, _ = self.attn({m: getattr(self, name)[users] for m, name in self.preferences.items()})
+    def forward(self, entered, tau, guidance):
+        """C-Net between the tables.   entered (B, d) = W_in^T x, tau (B, d_t), guidance as above -> h (B, d)"""
+        (c, p), h, r = guidance, entered + self.bias_in, None
+        given = [tau] if c is None else [tau, c]
+        if p:
+            r, _ = self.attn(p)
             given += [r] if self.cfg.order == "single" else []
         given = torch.cat(given, 1)
         for level in range(self.cfg.layers):
@@ -264,10 +280,12 @@ class LD4MRec(nn.Module):
         clean = drawn(torch.rand, n, device=users.device) < cfg.rho
         t, weight = self.times.draw(n)
         abar, noise = torch.where(clean, 1.0, self.abar[t]), torch.where(clean, 0.0, self.variance[t])
+        shown = rows
         if cfg.acts_on == "clicks" and cfg.dropout_in:
-            rows = fast.drop_clicks(rows, cfg.dropout_in, drawn_for_entries(self.clicks, users))
+            shown = fast.drop_clicks(rows, cfg.dropout_in, drawn_for_entries(self.clicks, users))
         tau = torch.where(clean[:, None], self.tau_in(n), self.tau(t))
-        h = self(self.enter(rows, abar, noise), tau, mine).float()
+        guidance = self.guidance(rows if cfg.guides_see == "whole" else shown, mine)
+        h = self(self.enter(shown, abar, noise), tau, guidance).float()
         target = self.target(users, mine)
         error = self.reconstruction(h, target)                                                 # (B,)
         self.times.record(t, error, ~clean)
@@ -307,16 +325,17 @@ class LD4MRec(nn.Module):
         abar, noise = self.abar[t].expand(n), self.variance[t].expand(n)
         if inference == "chain" and (cfg.acts_on == "state" or cfg.noise == "dense"):
             return self.leave(self.chain_naive(rows, abar, noise, users, steps))
+        guidance = self.guidance(rows, users)
         entered = self.enter(rows, abar, noise, self.still_noise(users) if t else None)
         if inference == "chain":
-            return self.leave(self.chain(entered, users, steps))
-        return self.leave(self(entered, self.tau(torch.full_like(users, t)) if t else self.tau_in(n), users))
+            return self.leave(self.chain(entered, guidance, steps))
+        return self.leave(self(entered, self.tau(torch.full_like(users, t)) if t else self.tau_in(n), guidance))
 
-    def chain(self, entered, users, steps):
+    def chain(self, entered, guidance, steps):
         """Reverse chain followed in the latent space: W_in^T x_hat = (W_in^T V) h + W_in^T b, so a step costs d^2, not I d."""
         again, shift = self.table_out.T @ self.table_in, self.bias_out @ self.table_in         # (d, d), (d,)
         for t in range(steps, 0, -1):
-            h = self(entered, self.tau(torch.full_like(users, t)), users)
+            h = self(entered, self.tau(torch.full((len(entered),), t, device=entered.device)), guidance)
             entered = self.to_clean[t - 1] * (h @ again + shift) + self.to_state[t - 1] * entered
         return h
 
@@ -327,7 +346,7 @@ class LD4MRec(nn.Module):
             rng = torch.Generator().manual_seed(self.cfg.seed)
             x = x + noise.sqrt()[:, None] * torch.randn(rows.shape, generator=rng).to(x.device)
         for t in range(steps, 0, -1):
-            h = self(self.enter_state(x), self.tau(torch.full_like(users, t)), users)
+            h = self(self.enter_state(x), self.tau(torch.full_like(users, t)), self.guidance(rows, users))
             x = self.to_clean[t - 1] * (h @ self.table_out.T + self.bias_out) + self.to_state[t - 1] * x
         return h
 
