@@ -210,10 +210,11 @@ def begin(name, module, run, cfg):
     if checkpoint:
         check_same_config(checkpoint, cfg, folder / "last.pt")
     task, device = build(module, cfg, run)
-    progress = {"step": 0, "best": -math.inf, "best_step": 0, "stale": 0, "seconds": 0.0, "eval_seconds": 0.0}
+    progress = {"step": 0, "best": -math.inf, "best_step": 0, "stale": 0, "seconds": 0.0, "cpu_seconds": 0.0,
+                "eval_seconds": 0.0}
     if checkpoint:
         restore(task, checkpoint, folder / "last.pt")
-        progress = checkpoint["progress"]
+        progress |= checkpoint["progress"]
     if parallel.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for old in () if checkpoint else ("last.pt", "previous.pt", "best.pt", "result.json", "log.jsonl"):
@@ -258,7 +259,13 @@ def loop(name, run, cfg, task, device, folder, progress):
         return progress["step"] >= cfg.steps or 0 < getattr(cfg, "patience", 0) <= progress["stale"]
 
     recent, save_every = [], run.save_every or cfg.eval_every
-    clock, timed = time.perf_counter() - progress["seconds"], (time.perf_counter(), progress["step"])
+    began, timed = (time.perf_counter(), time.process_time()), (time.perf_counter(), progress["step"])
+    before = progress["seconds"], progress["cpu_seconds"]
+
+    def tick():
+        progress.update(seconds=before[0] + time.perf_counter() - began[0],
+                        cpu_seconds=before[1] + time.process_time() - began[1])
+
     bar = tqdm(total=cfg.steps, initial=progress["step"], desc=f"{name} {run.tag}", disable=parallel.rank() > 0)
     with Interrupt() as interrupt, bar:
         for batch in () if complete() else task.batches(run.seed, progress["step"], cfg.steps):
@@ -267,7 +274,7 @@ def loop(name, run, cfg, task, device, folder, progress):
                 losses = task.update(batch, progress["step"])
             recent.append((progress["step"], losses))
             progress["step"] = step = progress["step"] + 1
-            progress["seconds"] = time.perf_counter() - clock
+            tick()
             bar.update()
             last, look = step == cfg.steps or interrupt.asked, step % cfg.eval_every == 0 or step == cfg.steps
             if last or look or device.type == "cpu" or step % run.log_every == 0:
@@ -280,7 +287,7 @@ def loop(name, run, cfg, task, device, folder, progress):
                 timed = time.perf_counter(), step
             if look:
                 validate(name, cfg, task, folder, progress)
-                progress["seconds"] = time.perf_counter() - clock
+                tick()
                 timed = time.perf_counter(), step
             if last or complete() or step % save_every == 0:
                 keep(folder / "last.pt", name, cfg, task, progress)
@@ -306,8 +313,8 @@ def fit(name, module, run, cfg, brief=False):
     result = {
         "model": name, "data": getattr(cfg, "data", ""), "device": str(device), "seed": run.seed,
         "steps": progress["step"], "best_step": progress["best_step"], "seconds": round(progress["seconds"], 2),
-        "ms_per_step": round(1000 * training / max(progress["step"], 1), 3),
-        "eval_seconds": round(progress["eval_seconds"], 2), "split": "test", "metrics": evaluate(task, "test"),
+        "cpu_seconds": round(progress["cpu_seconds"], 2), "eval_seconds": round(progress["eval_seconds"], 2),
+        "ms_per_step": round(1000 * training / max(progress["step"], 1), 3), "split": "test", "metrics": evaluate(task, "test"),
         "chance": task.chance, "parameters": sum(p.numel() for part in networks for p in part.parameters()),
         "peak_mib": peak_mib(device), "torch": torch.__version__, "threads": torch.get_num_threads(),
         "headline": task.headline, "config": plain(cfg),

@@ -46,7 +46,8 @@ def ablation_table(results, headline, shown, published, command):
     first = next(iter(results.values()))
     about = first[0]
     seeds = f"seeds {first[0]['seed']}-{first[-1]['seed']}"
-    head = ["row", *shown, f"difference in {headline}", "s a run"] + ["paper"] * bool(published)
+    clock, unit = ("cpu_seconds", "CPU-s") if about["device"] == "cpu" else ("seconds", "s")
+    head = ["row", *shown, f"difference in {headline}", f"{unit} a run"] + ["paper"] * bool(published)
     lines = [f"# {about['model']}: ablation and comparison", "", f"`{command}`", "",
              f"Data {about['data']}, {seeds}, {about['device']}, torch {about['torch']}. Test split: mean +- standard "
              "deviation over seeds; the difference to the first row is paired by seed, +- its standard error.", "",
@@ -57,7 +58,7 @@ def ablation_table(results, headline, shown, published, command):
         gaps = [x - run["metrics"][headline] for x, run in zip(columns[headline], first, strict=False)]
         error = spread(gaps) / math.sqrt(len(gaps))
         cells.append("-" if runs is first else f"{statistics.mean(gaps):+.4f} +- {error:.4f}")
-        cells.append(f"{statistics.mean(run['seconds'] for run in runs):.1f}")
+        cells.append(f"{statistics.mean(run[clock] for run in runs):.1f}")
         if published:
             cells.append(", ".join(f"{key} {value}" for key, value in published.get(row, {}).items()) or "-")
         lines.append("| " + " | ".join(cells) + " |")

@@ -220,7 +220,7 @@ def test_the_reader_rests_after_its_own_steps():
     task = Task(Config(batch=32, reader_steps=3), torch.device("cpu"))
     batch = next(task.batches(0, 0, 1))
     before = task.reader.what.weight.clone()
-    assert task.update(batch, 3).keys() == {"clip"} and torch.equal(task.reader.what.weight, before)
+    assert task.update(batch, 3).keys() == {"clip", "patches"} and torch.equal(task.reader.what.weight, before)
     assert task.update(batch, 2).keys() == {"clip", "reader"} and not torch.equal(task.reader.what.weight, before)
 
 
