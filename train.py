@@ -142,6 +142,23 @@ def write_text(path, text):
     os.replace(aside, path)
 
 
+def claim(folder):
+    """An open file that locks the folder against a second run; the system unlocks it even after a kill.
+
+    raises ValueError if another run has it. Windows has no such lock: nothing is claimed there.
+    """
+    file = open(folder / "lock", "w")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"another run is writing {folder}; wait for it, or pass --tag=NAME to run beside it") from None
+    return file
+
+
 def log(folder, progress, **line):
     """Append one JSON object to log.jsonl."""
     if parallel.rank() == 0:
@@ -155,9 +172,8 @@ def keep(path, name, cfg, task, progress, **extra):
         return
     whole = path.name == "last.pt"
     state = {k: v.state_dict() for k, v in task.saved.items() if whole or not isinstance(v, torch.optim.Optimizer)}
-    if whole and path.exists():
-        os.replace(path, path.with_name("previous.pt"))
-    save_checkpoint(path, {"name": name, "config": plain(cfg), "progress": dict(progress), "state": state} | extra)
+    checkpoint = {"name": name, "config": plain(cfg), "progress": dict(progress), "state": state} | extra
+    save_checkpoint(path, checkpoint, path.with_name("previous.pt") if whole else None)
 
 
 def newest_checkpoint(folder, device):
@@ -204,7 +220,7 @@ def build(module, cfg, run):
 
 
 def begin(name, module, run, cfg):
-    """Build the task, find the checkpoint to go on from, prepare the folder.   -> task, device, folder, progress"""
+    """Build the task, find the checkpoint to go on from, prepare the folder.   -> task, device, folder, progress, lock"""
     folder = Path(run.out) / f"{name}-{run.tag}"
     checkpoint = None if run.fresh else newest_checkpoint(folder, "cpu")
     if checkpoint:
@@ -215,14 +231,16 @@ def begin(name, module, run, cfg):
     if checkpoint:
         restore(task, checkpoint, folder / "last.pt")
         progress |= checkpoint["progress"]
+    lock = None
     if parallel.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = claim(folder)
         for old in () if checkpoint else ("last.pt", "previous.pt", "best.pt", "result.json", "log.jsonl"):
             (folder / old).unlink(missing_ok=True)
         write_text(folder / "config.json", json.dumps({"name": name} | plain(cfg), indent=1))
         lines = report.read_log(folder, progress["step"])
         write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    return task, device, folder, progress
+    return task, device, folder, progress, lock
 
 
 def check_finite(recent):
@@ -301,11 +319,19 @@ def fit(name, module, run, cfg, brief=False):
 
     brief leaves out samples and rivals (the rows of an ablation)
     """
-    task, device, folder, progress = begin(name, module, run, cfg)
-    if not loop(name, run, cfg, task, device, folder, progress):
+    task, device, folder, progress, lock = begin(name, module, run, cfg)
+    try:
+        if loop(name, run, cfg, task, device, folder, progress):
+            return finish(name, run, cfg, task, device, folder, progress, brief)
         if parallel.rank() == 0:
             print(f"stopped at step {progress['step']} and saved; the same command goes on from there")
-        return None
+    finally:
+        if lock:
+            lock.close()
+
+
+def finish(name, run, cfg, task, device, folder, progress, brief):
+    """Test the best of validation once, write result.json, pictures and the closing lines.   -> result.json's content"""
     if (folder / "best.pt").exists():
         restore(task, load_checkpoint(folder / "best.pt", "cpu"), folder / "best.pt", optimisers=False)
     training = progress["seconds"] - progress["eval_seconds"]
@@ -420,10 +446,19 @@ def main(argv):
         parallel.stop()
 
 
+def explain(error):
+    """What a user can do about an error that is not a bug, in one sentence; None for a bug."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory; try a smaller --batch (and --amp on a GPU); last.pt keeps the last saved state"
+    if isinstance(error, OSError) and error.filename2 is None and not isinstance(error, FileNotFoundError):
+        return f"{error.filename or 'the run folder'}: {error.strerror or error}; nothing that was saved is lost"
+    return str(error) if isinstance(error, ValueError | OSError) else None
+
+
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        if "--debug" in sys.argv:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if "--debug" in sys.argv or not explain(error):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {explain(error)}")

@@ -22,14 +22,19 @@ LONGEST_HEADER = 100_000_000     # bytes; the limit of the format's own reader: 
 READING = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
-def write_aside(path, write):
-    """Let `write(file)` fill `<path>.tmp`, flush it to the disk, and only then give it the final name."""
+def write_aside(path, write, before=None):
+    """Let `write(file)` fill `<path>.tmp`, flush it to the disk, and only then give it the final name.
+
+    before  the name that the file it replaces gets, if it is to be kept
+    """
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
+    if before and path.exists():
+        os.replace(path, before)
     os.replace(aside, path)
 
 
@@ -45,9 +50,9 @@ def sha256(path):
 # -- checkpoints of our own runs -----------------------------------------------------------------------------
 
 
-def save_checkpoint(path, checkpoint):
+def save_checkpoint(path, checkpoint, before=None):
     """Write a dict of tensors and plain values: a kill at any moment leaves the old file or the new one, whole."""
-    write_aside(path, lambda file: torch.save(checkpoint, file))
+    write_aside(path, lambda file: torch.save(checkpoint, file), before)
 
 
 def load_checkpoint(path, device="cpu"):
