@@ -85,6 +85,20 @@ class BridgePredictor(nn.Module):
         return self.out(x)
 
 
+DOUBLE = ((1.0, 1.0, 0.0, 0.0), (0.0, 1.0, 1.0, 0.0), (0.0, 0.0, 1.0, 1.0))    # 3 taps over doubled pixels, as 4 taps
+
+
+def doubled(conv, x):
+    """conv3x3 of the nearest x2 of x, without making the large copy.   (B, in, h, h) -> (B, out, 2h, 2h)
+
+    Along each axis a 3-wide kernel over doubled pixels meets only two different ones, so its weights can be added first:
+    a transposed convolution of 4x4 and stride 2, four products an output pixel instead of nine. Equal up to rounding.
+    """
+    taps = torch.tensor(DOUBLE, device=x.device, dtype=conv.weight.dtype)
+    kernel = torch.einsum("oihw,hy,wx->ioyx", conv.weight.flip(2, 3), taps, taps)
+    return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
+
+
 class GBlock(nn.Module):
     """Upsampling block of the image generator.   (B, in, h, h) -> (B, out, size, size)
 
@@ -100,11 +114,12 @@ class GBlock(nn.Module):
         self.shortcut = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, condition, x):
-        y = self.conv1(F.interpolate(self.fuse1(condition, x), size=self.size))
+        y = self.fuse1(condition, x)
+        y = doubled(self.conv1, y) if self.size == 2 * x.shape[-1] else self.conv1(F.interpolate(y, size=self.size))
         return F.interpolate(self.shortcut(x), size=self.size) + self.conv2(self.fuse2(condition, y))
 
 
-def ladder(base, size):
+def ladder(base, size, widest=8):
     """Picture sides and channels of the generator blocks: (64, 224) -> 8 16 32 64 128 224 and 512 512 512 512 256 128 64.
 
     Official code: the nominal 256 gives the channels, and the last side 224 is typed in; here it is grid x patch.
@@ -113,7 +128,7 @@ def ladder(base, size):
     while FIRST_SIZE << len(sizes) < size:
         sizes.append(FIRST_SIZE << len(sizes))
     sizes.append(size)
-    return sizes, [base * min(2**k, 8) for k in range(len(sizes), -1, -1)]
+    return sizes, [base * min(2**k, widest) for k in range(len(sizes), -1, -1)]
 
 
 class Generator(nn.Module):
@@ -126,13 +141,13 @@ class Generator(nn.Module):
     """
 
     def __init__(self, clip_width, grid, patch, embed, noise=100, base=64, bridge=(64, 32, 4), prompt_layers=tuple(range(1, 9)),
-                 mapper=True, prompts=True):
+                 mapper=True, prompts=True, widest=8):
         super().__init__()
         condition = noise + embed
         self.noise, self.mapper, self.prompt_layers = noise, mapper, prompt_layers if prompts else ()
         self.bridge = BridgePredictor(noise, condition, clip_width, grid, *bridge)
         self.prompt = nn.Linear(condition, len(prompt_layers) * clip_width)
-        self.sizes, channels = ladder(base, grid * patch)
+        self.sizes, channels = ladder(base, grid * patch, widest)
         self.fuse = nn.Conv2d(clip_width, channels[0], 5, padding=2)
         self.blocks = nn.ModuleList(map(lambda a, b, s: GBlock(condition, a, b, s), channels[:-1], channels[1:], self.sizes))
         self.to_rgb = nn.Conv2d(channels[-1], 3, 3, padding=1)
@@ -204,7 +219,7 @@ class Critic(nn.Module):
         self.extract = FeatureExtractor(clip_width, len(taps), channels)
         self.assess = QualityAssessor(channels, embed, grid, hidden)
 
-    def look(self, image, clip):
+    def look(self, image, clip, embed=True):
         """Evidence and CLIP's embedding of pictures in CLIP's range.   -> (B, taps, w, g, g), (B, E)"""
         return clip.encode_image(image, self.taps)
 
@@ -227,7 +242,7 @@ class DownBlock(nn.Module):
 
 
 class PlainCritic(nn.Module):
-    """The rival: DF-GAN's discriminator on pixels, no CLIP. Same two calls as `Critic`; here the evidence is the picture."""
+    """The rival: DF-GAN's discriminator on pixels, no CLIP. Same calls as `Critic`; here the evidence is the picture."""
 
     def __init__(self, size, embed, base=64):
         super().__init__()
@@ -238,16 +253,21 @@ class PlainCritic(nn.Module):
         self.joint = nn.Conv2d(channels[-1] + embed, 2 * base, 3, padding=1, bias=False)
         self.last = nn.Conv2d(2 * base, 1, 4, bias=False)
 
-    def look(self, image, clip):
-        return image, clip.encode_image(image)[1]
+    def look(self, image, clip, embed=True):
+        return image, clip.encode_image(image)[1] if embed else None
 
-    def score(self, evidence, sentence):
+    def extract(self, evidence):
         x = self.first(evidence)
         for block in self.down:
             x = block(x)
-        x = F.adaptive_avg_pool2d(x, 4)                            # sides that are no power of two
+        return F.adaptive_avg_pool2d(x, 4)                         # sides that are no power of two
+
+    def assess(self, x, sentence):
         tiled = sentence[:, :, None, None].expand(-1, -1, 4, 4)
         return self.last(F.leaky_relu(self.joint(torch.cat([x, tiled], dim=1)), SLOPE)).flatten()
+
+    def score(self, evidence, sentence):
+        return self.assess(self.extract(evidence), sentence)
 
 
 # -- losses -------------------------------------------------------------------------------------------------------------------
