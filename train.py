@@ -269,6 +269,8 @@ def validate(name, cfg, task, folder, progress):
         progress.update(best=score, best_step=progress["step"], stale=0)
         keep(folder / "best.pt", name, cfg, task, progress, metrics=metrics)
     log(folder, progress, **{f"valid {key}": round(value, 6) for key, value in metrics.items()})
+    if hasattr(task, "watch") and parallel.rank() == 0:
+        task.watch(folder, progress["step"])                # optional: a picture while training, such as samples-000250.png
 
 
 def loop(name, run, cfg, task, device, folder, progress):
