@@ -265,8 +265,8 @@ class Task:
     # -- what a person looks at ----------------------------------------------------------------------------------------------
 
     def prompts(self):
-        """Eight sentences of the sample grid: no training picture belongs to them."""
-        return list(SHOWN) if self.builtin else self.data["test"].sentences(range(8))
+        """Eight sentences of the sample grid (or as many as there are): no training picture belongs to them."""
+        return list(SHOWN) if self.builtin else self.asked("test", 8)[0]
 
     def watch(self, folder, step):
         """samples-STEP.png while training: always the same noise and sentences."""
@@ -282,5 +282,5 @@ class Task:
         self.sheet(folder / "samples.png", "a sentence a column, four noises")
         texts, pictures, _ = self.asked("test", 12)
         made = self.paint(texts, seed=5).cpu()
-        grid(folder / "beside.png", torch.cat([pictures, made]), [""] * 12 + texts, 12,
+        grid(folder / "beside.png", torch.cat([pictures, made]), [""] * len(texts) + texts, len(texts),
              "test sentences: a real picture above, a generated one below")

@@ -104,4 +104,4 @@ def fit(words, data, steps, seed, batch=64, lr=5e-4):
         parallel.descend(optimiser, loss, clip=1.0)
         clip.logit_scale.data.clamp_(max=LARGEST_SCALE)
     clips.freeze(clip)
-    return float(loss)
+    return float(loss.detach())
