@@ -37,7 +37,7 @@ class Config:
     root: str = ""               # unused
     seed: int = 0                # random seed
     steps: int = 3000            # optimiser steps of CLIP
-    reader_steps: int = 1500     # of these, how many also train the reader, on half of the pictures
+    reader_steps: int = 2500     # of these, how many also train the reader
     eval_every: int = 250        # steps between evaluations
     batch: int = 64              # pictures a step: 1/2 scenes, 1/4 lookalikes, 1/8 products, 1/8 story frames
     lr: float = 1.5e-3           # AdamW step size of CLIP, after 100 steps of warm-up, cosine to 0
@@ -179,8 +179,10 @@ def recall_at_1(image, text):
 def claims(fact, attribute):
     """One sentence for every value of an attribute, as the grammar says it: "the star is red", "the star is blue"."""
     plain = itertools.repeat(0)                                            # no synonyms
-    if attribute in ("background", "pattern"):
+    if attribute == "background":
         return [f"the background is {world.alias(plain, value)}" for value in world.VALUES[attribute]]
+    if attribute == "pattern":
+        return ["a shape " + world.ground(plain, fact | {attribute: value}, True) for value in world.VALUES[attribute]]
     thing = fact["objects"][0]
     return [world.is_now(plain, thing | {attribute: value}, attribute) for value in world.VALUES[attribute]]
 
@@ -225,8 +227,7 @@ class Task:
         losses = {}
         if step < self.cfg.reader_steps:
             self.reader.train()
-            half = slice(step % 2, None, 2)
-            spoilt, truth = spoil(pictures[half], world.pick(scene, half), generator(self.cfg.seed, step))
+            spoilt, truth = spoil(pictures, scene, generator(self.cfg.seed, step))
             self.schedule(self.reader_optimiser, self.cfg.reader_lr, step, self.cfg.reader_steps)
             losses["reader"] = readers.loss(self.reader, spoilt, truth)
             parallel.descend(self.reader_optimiser, losses["reader"])

@@ -11,12 +11,13 @@ customers mind one of the two):
 seen_ui sums the tastes for what the picture shows, told_ui for kind and material. Clicks are drawn from p
 without replacement. A share of the training clicks is replaced by accidents, drawn by fame alone and marked
 in `noise`; valid and test clicks are all meant. So the truth is known: who likes what and why, and which
-clicks mean nothing.
+clicks mean nothing. The features are what the frozen small CLIP makes of pictures and titles.
 """
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from data import clip
 from data.batches import generator
 from data.draw import render
 from data.views import products
@@ -24,7 +25,6 @@ from data.views import products
 SEEN, TOLD = {"shape": 8, "colour": 8, "texture": 3}, {"kind": 8, "material": 6}
 USERS, ITEMS, MOST = 1000, 600, 15            # at most MOST clicks a user
 STYLES, LOYAL, STRENGTH, FAME, ACCIDENTS = 60, 0.8, 4.0, 0.4, 0.15
-CLUTTER = 24                                  # irrelevant directions of the image features
 
 
 def shop(seed=0):
@@ -54,7 +54,7 @@ def shop(seed=0):
     truth = {"attributes": attributes, "told": view["told"], "tastes": tastes, "style": style,
              "weight": weight[:, 0], "likes": likes, "fame": fame, "masks": lambda ids: drawn(ids, 1)[:, :1]}
     return {"users": USERS, "items": ITEMS, "train": train, "valid": valid, "test": test,
-            "features": features(view, rng), "titles": view["titles"], "pictures": lambda ids: drawn(ids, 0),
+            "features": features(view), "titles": view["titles"], "pictures": lambda ids: drawn(ids, 0),
             "noise": accident[label == 0], "truth": truth, "source": f"built-in shop (seed {seed})",
             "dropped": {"valid": 0, "test": 0}}
 
@@ -93,19 +93,17 @@ def split_rule(user, seed):
     return label
 
 
-def features(view, rng, width=64):
-    """What frozen encoders would see, first version: {"image": (I, 64), "text": (I, 64)}, rows of length 1.
+@torch.no_grad()
+def features(view):
+    """What the frozen small CLIP makes of the products: {"image": (I, E), "text": (I, w)}, rows of length 1.
 
-    image   a random map of shape, colour, texture, and of CLUTTER directions that no customer minds (drift)
-    text    a random map of what the title tells: attributes that it leaves out are missing (omission)
+    image   its embedding of the picture, with clutter and background that no customer minds (drift)
+    text    the mean of its word features: what a title leaves out is missing (omission). Not its sentence embedding, which
+            was trained to keep only what pictures show; kind and material are in no picture
     """
-    sizes, told = {**SEEN, **TOLD}, view["told"]
-    hot = {a: F.one_hot(ids, sizes[a]).float() for a, ids in view["attributes"].items()}
-    clutter = 1.5 * (len(SEEN) / CLUTTER) ** 0.5 * torch.randn(ITEMS, CLUTTER, generator=rng)
-    inside = {"image": torch.cat([*(hot[a] for a in SEEN), clutter], 1),
-              "text": torch.cat([hot[a] * told[a][:, None] for a in sizes], 1)}
-    outside = {}
-    for name, x in inside.items():
-        x = x @ torch.randn(x.shape[1], width, generator=rng) + 0.5 * torch.randn(ITEMS, width, generator=rng)
-        outside[name] = F.normalize(x, dim=1)
-    return outside
+    model, words = clip.small(), clip.small_tokeniser()(view["titles"])
+    words = words[:, : int((words > 0).sum(1).max())]
+    image = model.encode_image(clip.standard(render(view["scene"], model.size)[0], model.size))[1]
+    told = (words > 0)[..., None]                                                                # no padding
+    text = (model.encode_text(words)[1] * told).sum(1) / told.sum(1)
+    return {"image": F.normalize(image, dim=1), "text": F.normalize(text, dim=1)}

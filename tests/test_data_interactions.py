@@ -464,21 +464,22 @@ def test_accidents_are_marked_and_do_not_follow_taste(shop):
 
 
 def probe(x, y):
-    """Accuracy of the nearest class mean on odd rows, means from even rows."""
-    means = torch.stack([x[::2][y[::2] == k].mean(0) for k in range(int(y.max()) + 1)])
-    return float((torch.cdist(x[1::2], means).argmin(1) == y[1::2]).float().mean())
+    """Accuracy on odd rows of a linear read-out, by ridge regression on even rows."""
+    x = torch.cat([(x - x.mean(0)) / x.std(0), torch.ones(len(x), 1)], 1).double()
+    even, wanted = x[::2], torch.nn.functional.one_hot(y[::2], int(y.max()) + 1).double()
+    readout = torch.linalg.solve(even.T @ even + 10 * torch.eye(x.shape[1]), even.T @ wanted)
+    return float(((x[1::2] @ readout).argmax(1) == y[1::2]).float().mean())
 
 
 def test_each_modality_knows_its_own_attributes(shop):
-    """Chance is 1/8 or less frequent than 1/3: pictures know colours, titles what they tell."""
+    """Chance: shape, colour, kind 1/8, material 1/6. Pictures show the design, titles tell kind, material and a part of it."""
     what, told = shop.truth["attributes"], shop.truth["told"]
     image, text = shop.features["image"], shop.features["text"]
-    assert probe(image, what["colour"]) > 0.6 and probe(image, what["material"]) < 0.35
-    assert probe(text, what["material"]) > 0.6
+    seen = {name: (probe(image, ids), probe(text, ids)) for name, ids in what.items()}
+    assert seen["colour"][0] > 0.9 and seen["shape"][0] > 0.7 and max(seen["kind"][0], seen["material"][0]) < 0.3, seen
+    assert seen["kind"][1] > 0.7 and seen["material"][1] > 0.7, seen
     kept = told["colour"]
-    assert (
-        probe(text[kept], what["colour"][kept]) > probe(text[~kept], what["colour"][~kept]) + 0.2
-    )  # omission
+    assert probe(text[kept], what["colour"][kept]) > probe(text[~kept], what["colour"][~kept]) + 0.2     # omission
 
 
 def test_pictures_and_masks_show_the_product(shop):

@@ -128,7 +128,7 @@ def test_claims_name_every_value_and_the_true_one_is_the_caption_of_the_world():
         true = claims(fact, "colour")[world.COLOUR.index(thing["colour"])]
         assert true == f"the {thing['shape']} is {thing['colour']}"
         assert claims(fact, "shape")[0] == f"the {thing['colour']} shape is a circle"
-        assert claims(fact, "pattern")[1] == "the background is shaded"
+        assert claims(fact, "pattern")[1] == f"a shape on a shaded {fact['background']} background"
 
 
 # -- the reader ----------------------------------------------------------------------------------------------
