@@ -84,6 +84,11 @@ def paper(name):
             "lr_g": 1e-4, "lr_d": 4e-4, "ema": 0.0}
 
 
+def candidates(texts):
+    """How many sentences a picture's own one is told from: 100, or what a small set has besides its equals."""
+    return min(CANDIDATES, len(texts) - max(map(texts.count, set(texts))) + 1)
+
+
 def networks(cfg, clip):
     """Generator and critic of a configuration, around any CLIP.   raises ValueError for blocks that CLIP lacks"""
     depth = len(clip.visual.transformer.resblocks)
@@ -117,6 +122,9 @@ class Task:
                      for split in ("train", "valid", "test")}
         if not self.builtin:
             self.headline, self.better = "Frechet", "lower"                       # nobody can read its attributes
+            if small := [split for split in ("valid", "test") if len(self.data[split]) < 2]:
+                raise ValueError(f"the {small[0]} part of {self.data[small[0]].name} holds {len(self.data[small[0]])} picture; "
+                                 "judging needs at least 2: add pictures")
             if not cfg.clip:
                 self.words.adopt(table(self.data["train"]))
         self.generator, self.critic = (net.to(device) for net in networks(cfg, self.clip))
@@ -128,7 +136,7 @@ class Task:
         self.saved = {"words": self.words, "generator": self.generator, "critic": self.critic, "average": self.average,
                       "g_optimiser": self.g_optimiser, "d_optimiser": self.d_optimiser}
         self.reader = reader().to(device)                                         # the judge: in no loss
-        self.chance = {"R-precision": 1 / CANDIDATES}
+        self.chance = {"R-precision": 1 / candidates(self.asked("test", JUDGED["test"])[0])}
         if self.builtin:
             single = {name: 1 / len(values) for name, values in world.VALUES.items()}
             self.chance |= single | {"attributes": sum(single.values()) / len(single)}
@@ -232,9 +240,9 @@ class Task:
         metrics = self.read(pictures, scene) if scene else {}
         told = self.words(texts)
         shown = torch.cat([self.clip.encode_image(self.prepare(x))[1] for x in pictures.split(CHUNK)])
-        same = {text: i for i, text in enumerate(texts)}
+        same, k = {text: i for i, text in enumerate(texts)}, candidates(texts)
         groups = torch.tensor([same[text] for text in texts])
-        metrics["R-precision"] = r_precision(shown, told, CANDIDATES, generator(3), groups)
+        metrics["R-precision"] = r_precision(shown, told, k, generator(3), groups) if k > 1 else 1.0
         metrics["Frechet"] = float(frechet_distance(self.features(pictures), self.features(self.others(split, len(texts))), "reader"))
         metrics["CLIP score"] = float(clip_similarity(shown, told))
         return metrics

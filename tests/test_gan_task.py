@@ -39,7 +39,7 @@ def run(*words, tag="default"):
     return json.loads(Path(f"runs/galip-{tag}/result.json").read_text())
 
 
-def a_folder(root, count=30, words=("wug", "blick", "dax")):
+def a_folder(root, count=45, words=("wug", "blick", "dax")):
     """Pictures of one colour each, in words that the small CLIP does not know."""
     root.mkdir()
     for i in range(count):
@@ -153,8 +153,7 @@ def test_the_judge_tells_right_pictures_from_wrong_ones():
 # -- other data ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_pictures_brings_its_own_words(monkeypatch, tmp_path):
-    monkeypatch.setattr(galip, "CANDIDATES", 2)
+def test_a_folder_of_pictures_brings_its_own_words(tmp_path):
     root = a_folder(tmp_path / "wugs")
     result = run("--data=folder", f"--root={root}", "--steps=2", "--words_steps=3", "--eval_every=2")
     assert result["headline"] == "Frechet" and "attributes" not in result["metrics"]
@@ -168,18 +167,27 @@ def test_a_folder_of_pictures_brings_its_own_words(monkeypatch, tmp_path):
 def test_fitting_brings_pairs_together_and_keeps_known_words(tmp_path):
     task = tiny(data="folder", root=str(a_folder(tmp_path / "wugs")))
     known = Sentences().to(torch.device("cpu"))
-    a, there = (s.clip.text.token_embedding.weight[s.tokeniser.ids[w]] for w in ("a", "there") for s in (known,)), task.words
-    assert torch.equal(next(a), there.clip.text.token_embedding.weight[there.tokeniser.ids["a"]])
-    assert table(task.data["train"])[0] == "a" and "7" not in there.tokeniser.ids, "rare words are left out"
+    for word in ("a", "there"):
+        old, new = (s.clip.text.token_embedding.weight[s.tokeniser.ids[word]] for s in (known, task.words))
+        assert torch.equal(old, new)
+    assert table(task.data["train"])[0] == "a" and "7" not in task.words.tokeniser.ids, "rare words are left out"
+
     def gap():
         rows = range(0, 6)
         shown = task.clip.encode_image(task.prepare(task.data["train"].images(rows)))[1]
         told = task.words(["there is a " + ("wug", "blick", "dax")[int(task.data["train"].names[r]) % 3] for r in rows])
         own = torch.cosine_similarity(shown, told).mean()
-        return float(own - torch.cosine_similarity(shown, told.roll(1, 0)).mean())
+        return float((own - torch.cosine_similarity(shown, told.roll(1, 0)).mean()).detach())
+
     before = gap()
-    fit(task.words, task.data["train"], steps=30, seed=0, batch=12)
+    fit(task.words, task.data["train"], steps=60, seed=0, batch=12, lr=2e-3)
     assert gap() > before + 0.1 and not any(p.requires_grad for p in task.clip.parameters())
+
+
+def test_a_set_too_small_to_judge_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="part of .*wugs holds . picture; judging needs at least 2|fell into the"):
+        tiny(data="folder", root=str(a_folder(tmp_path / "wugs", count=8)))
+    assert galip.candidates(["a", "a", "b", "c"]) == 3 and galip.candidates(["a"] * 5) == 1
 
 
 def test_a_corrupt_picture_or_a_missing_sentence_is_named(tmp_path):
@@ -196,7 +204,6 @@ def test_a_corrupt_picture_or_a_missing_sentence_is_named(tmp_path):
 
 
 def test_birds_and_emoji_train_without_special_cases(shared, monkeypatch):
-    monkeypatch.setattr(galip, "CANDIDATES", 5)
     for name, root in (("noto", "emoji"), ("birds", "birds"), ("birds64", "birds")):
         task = tiny(data=name, root=str(shared / root), words_steps=1)
         losses = task.update(next(iter(task.batches(0, 0, 1))), 0)
