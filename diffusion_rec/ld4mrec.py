@@ -27,7 +27,10 @@ from diffusion_rec.diffusion import (
     snr_weight,
     soft_target,
 )
+from diffusion_rec.lightgcn import item_embeddings
 from kernels.graph import Graph, propagate
+
+MOST = 256              # widest content; wider features are reduced by PCA
 
 # -- conditions, precomputed without gradient (section 4) ----------------------------------------------------------------
 
@@ -63,7 +66,7 @@ def collaborative_signal(graph, k, rounds=12):
     return F.pad(scaled, (0, max(0, k - width)))[:, :k].float()
 
 
-def content(x, most=256):
+def content(x, most=MOST):
     """Item content X_m ready for p_u = R_hat X_m.   x (I, d_m) -> (I, min(d_m, most)) float32, rows of length 1
 
     Columns are standardised and rows get length 1, as image vectors have large norms [I]. Wide features are reduced by PCA.
@@ -148,6 +151,14 @@ class Preference(nn.Module):
         return (a[..., None] * each).sum(1), a
 
 
+class Adapter(nn.Sequential):
+    """BeFA's adapter (AAAI 2025): content of a modality -> a mask in (0, 1) over the item's behaviour vector.   (I, d_m) -> (I, d)"""
+
+    def __init__(self, given, d, times=2, p=0.3):
+        super().__init__(nn.Linear(given, d), nn.Linear(d, times * d), nn.ReLU(), nn.Dropout(p), nn.Tanh(), nn.Linear(times * d, times * d),
+                         nn.ReLU(), nn.Dropout(p), nn.Linear(times * d, d), nn.Sigmoid())
+
+
 class LD4MRec(nn.Module):
     """C-Net and everything around it.   x_hat[u, i] = encode(u) . table()[i]
 
@@ -159,6 +170,8 @@ class LD4MRec(nn.Module):
         super().__init__()
         self.cfg, self.users, self.items = cfg, users, items
         self.clicks = Graph.from_edges(train[:, 0], train[:, 1], (users, items))               # R, rows are x_0
+        width = {m: cfg.width if cfg.befa else min(x.shape[1], MOST) for m, x in features.items()}
+        self.modalities = width if cfg.guide_modality else {}                                  # {m: width of p_um}
         self.conditions(features)
         betas, abar = schedule(cfg.T, cfg.scale, cfg.low, cfg.high, cfg.first_beta)
         a, b = posterior(betas, abar)
@@ -179,34 +192,40 @@ class LD4MRec(nn.Module):
 
     def conditions(self, features):
         """Item tables whose sums over a user's clicks are c_u and p_um (Sec. 4), side by side; no gradient."""
-        cfg, clicks = self.cfg, self.clicks
-        tables, self.widths = [], {}
+        cfg, clicks, tables = self.cfg, self.clicks, []
         if cfg.guide_modality and not features:
             raise ValueError("modality guidance needs content features; without any pass --guide_modality=false")
         if cfg.guide_collab:
-            raw = cfg.collab == "raw"
-            graph = clicks if raw else normalised(clicks, cfg.smooth)
-            per_item = 1.0 if raw else (clicks.T.counts + cfg.smooth).clamp(min=1).rsqrt()[:, None]
-            tables.append(per_item * collaborative_signal(graph, cfg.svd))
-            self.register_buffer("per_user_c", torch.ones(self.users) if raw else (clicks.counts + cfg.smooth).clamp(min=1).rsqrt())
-        if cfg.guide_modality:
-            per_item = clicks.T.counts.clamp(min=1).rsqrt()[:, None]
-            self.register_buffer("per_user_p", clicks.counts.clamp(min=1).rsqrt())
+            smooth = cfg.smooth if cfg.collab == "svd" else 0.0
+            per_item, per_user = ((g.counts + smooth).clamp(min=1).rsqrt()[:, None] for g in (clicks.T, clicks))
+            if cfg.collab == "raw":
+                per_item, per_user = torch.ones_like(per_item), torch.ones_like(per_user)
+            if cfg.collab == "lightgcn":
+                signal = item_embeddings(cfg, clicks)
+            else:
+                signal = collaborative_signal(clicks if cfg.collab == "raw" else normalised(clicks, smooth), cfg.svd)
+            tables.append(per_item * signal)
+            self.register_buffer("per_user_c", per_user)
+        if self.modalities:
+            self.register_buffer("per_item", clicks.T.counts.clamp(min=1).rsqrt()[:, None])
+            self.register_buffer("per_user", clicks.counts.clamp(min=1).rsqrt()[:, None])
             for m, x in features.items():
-                tables.append(per_item * content(x))
-                self.widths[m] = tables[-1].shape[1]
-        if tables:
-            self.register_buffer("guides", torch.cat(tables, 1))                               # (I, k + sum d_m)
+                self.register_buffer(f"content_{m}", content(x))
+                tables += [] if cfg.befa else [self.per_item * self.get_buffer(f"content_{m}")]
+        self.register_buffer("guides", torch.cat(tables, 1) if tables else torch.zeros(self.items, 0))    # (I, k + sum d_m)
 
     def guidance(self, rows, users):
         """c_u = R_hat V / sqrt(Sigma) and p_um = R_hat X_m, Sec. 4.   rows Graph (B, I) -> c (B, k) or None, p {m: (B, d_m)}"""
-        cfg = self.cfg
-        if not cfg.guide_collab and not self.widths:
-            return None, {}
-        sums = propagate(rows, self.guides)
-        c = sums[:, : cfg.svd] * self.per_user_c[users, None] if cfg.guide_collab else None
-        parts = sums[:, cfg.svd * cfg.guide_collab :].split(list(self.widths.values()), 1) if self.widths else ()
-        return c, {m: x * self.per_user_p[users, None] for m, x in zip(self.widths, parts, strict=True)}
+        cfg, tables = self.cfg, self.guides
+        if cfg.befa:                                         # X_m is rebuilt every step: E_i * mask(X_m)
+            rebuilt = [self.per_item * self.table_in * self.befa[m](self.get_buffer(f"content_{m}")) for m in self.modalities]
+            tables = torch.cat([tables, *rebuilt], 1)
+        sums = propagate(rows, tables)
+        c = sums[:, : cfg.svd] * self.per_user_c[users] if cfg.guide_collab else None
+        if not self.modalities:
+            return c, {}
+        parts = (self.per_user[users] * sums[:, cfg.svd * cfg.guide_collab :]).split(list(self.modalities.values()), 1)
+        return c, dict(zip(self.modalities, parts, strict=True))
 
     def network(self):
         """FC -> BD -> BG -> BD -> BG -> FC [F] between the two tables."""
@@ -214,8 +233,10 @@ class LD4MRec(nn.Module):
         d = cfg.time_width
         self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))                 # tau(t)
         self.t_in = nn.Parameter(torch.zeros(d))                                               # delta of tau_in [K]
+        if cfg.befa and guided:
+            self.befa = nn.ModuleDict({m: Adapter(self.get_buffer(f"content_{m}").shape[1], cfg.width) for m in self.modalities})
         if guided:
-            self.attn = Preference(cfg, self.widths)
+            self.attn = Preference(cfg, self.modalities)
         single = cfg.width * (cfg.order == "single" and guided)
         given = d + cfg.svd * cfg.guide_collab + single
         self.bd = nn.ModuleList(Denoise(cfg, given) for _ in range(cfg.layers))
@@ -305,7 +326,7 @@ class LD4MRec(nn.Module):
     def reconstruction(self, h, target):
         """|| f_S - x_hat ||^2 of every user.   h (B, d) -> (B,)"""
         squared = fast.reconstruction if self.cfg.loss == "closed" else fast.reconstruction_naive
-        return squared(h, self.table_out, self.bias_out, target)
+        return squared(h, self.table_out, self.bias_out, target, self.cfg.click_weight)
 
     # -- inference (section 6) --
 

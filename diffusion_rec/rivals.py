@@ -2,16 +2,12 @@
 
 DiffRec        unconditional chain (Wang et al., SIGIR 2023): noise, a one-layer network, many reverse steps
 Autoencoder    the same network without diffusion: one clean pass (denoising by dropout alone)
-LightGCN       the graph rival of the robustness curve (He et al., SIGIR 2020), ten lines on the shared kernel
-Popularity     most clicked first;   Walk: three steps user -> item -> user -> item; nothing is learnt by either
+Popularity     most clicked first, the same list for everybody
 """
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from data import parallel
 from diffusion_rec.ld4mrec import LD4MRec
-from kernels.graph import Graph, mix_hops, propagate
 
 
 class DiffRec(LD4MRec):
@@ -22,7 +18,7 @@ class DiffRec(LD4MRec):
     """
 
     def conditions(self, features):
-        self.widths = {}
+        self.modalities = {}
 
     def network(self):
         d = self.cfg.time_width
@@ -44,42 +40,6 @@ class Autoencoder(DiffRec):
         return torch.tanh(entered + self.bias_in)
 
 
-class LightGCN(nn.Module):
-    """Mean of `hops` + 1 propagated embeddings, BPR with one uniform negative a click."""
-
-    def __init__(self, cfg, users, items, train, features):
-        super().__init__()
-        self.cfg, self.users, self.items = cfg, users, items
-        self.clicks = Graph.from_edges(train[:, 0], train[:, 1], (users, items))
-        self.graph = Graph.bipartite(train[:, 0], train[:, 1], users, items)
-        self.embedding = nn.Parameter(torch.empty(users + items, cfg.width))
-        nn.init.xavier_uniform_(self.embedding)
-
-    def propagated(self):
-        x = mix_hops(self.graph, self.embedding, [1 / (self.cfg.hops + 1)] * (self.cfg.hops + 1))
-        return x.split([self.users, self.items])
-
-    def loss(self, users):
-        """BPR over all clicks of the batch's users."""
-        rows, mine = self.clicks.rows(users), parallel.shard(users)
-        negative = torch.randint(self.items, (rows.nnz,), device=users.device)         # for the global batch: ranks agree
-        first = parallel.rank() * len(mine)
-        local = (rows.row_of >= first) & (rows.row_of < first + len(mine))
-        user, positive, negative = users[rows.row_of[local]], rows.col[local].long(), negative[local]
-        u, i = self.propagated()
-        u, p, n = F.embedding(user, u), F.embedding(positive, i), F.embedding(negative, i)
-        nodes = torch.cat([user, positive + self.users, negative + self.users])
-        decay = F.embedding(nodes, self.embedding).square().sum() / len(mine)
-        per_user = -F.logsigmoid((u * (p - n)).sum(1)).sum() / len(mine)
-        return per_user + self.cfg.weight_decay * decay
-
-    def encode(self, users, inference=None, steps=None):
-        return self.propagated()[0][users]
-
-    def table(self):
-        return self.propagated()[1]
-
-
 class Popularity(nn.Module):
     """Most clicked first, the same list for everybody."""
 
@@ -92,19 +52,3 @@ class Popularity(nn.Module):
 
     def table(self):
         return self.count
-
-
-class Walk(nn.Module):
-    """Three-step random walk from a user's items back to items: s = x_0 D_i^-1 R^T D_u^-1 R. A linear model without training.
-
-    It has no low-rank factors: `scores` gives whole rows (n, I) instead of `encode` and `table`.
-    """
-
-    def __init__(self, cfg, users, items, train, features):
-        super().__init__()
-        self.clicks = Graph.from_edges(train[:, 0], train[:, 1], (users, items))
-
-    def scores(self, users):
-        per_item, per_user = (g.counts.clamp(min=1)[:, None].float() for g in (self.clicks.T, self.clicks))
-        start = self.clicks.rows(users).dense().T / per_item                            # (I, n)
-        return propagate(self.clicks.T, propagate(self.clicks, start) / per_user).T     # (n, I)

@@ -17,10 +17,11 @@ from data.metrics import ranking, ranking_chance, roc_auc
 from data.pictures import curves, panels
 from diffusion_rec import rivals
 from diffusion_rec.ld4mrec import LD4MRec
+from diffusion_rec.lightgcn import LightGCN
 from kernels.graph import Graph
 from kernels.ranking import rank_of_targets, top_k
 
-MODELS = {"ld4mrec": LD4MRec, "diffrec": rivals.DiffRec, "autoencoder": rivals.Autoencoder, "lightgcn": rivals.LightGCN,
+MODELS = {"ld4mrec": LD4MRec, "diffrec": rivals.DiffRec, "autoencoder": rivals.Autoencoder, "lightgcn": LightGCN,
           "popularity": rivals.Popularity}
 WORDS = {"model": tuple(MODELS), "inference": ("forward_free", "one_step", "chain"), "order": ("BDBG", "BGBD", "single"),
          "cond": ("add", "film", "concat"), "modality_weights": ("personal", "uniform"), "collab": ("svd", "raw", "lightgcn"),
@@ -45,7 +46,7 @@ class Config:
     patience: int = 0                # evaluations without improvement before stopping; 0: never
     batch: int = 512                 # users in a step, B
     lr: float = 2e-3                 # AdamW step size
-    weight_decay: float = 0.0        # AdamW's weight decay (lightgcn: weight of the embeddings' squared norm)
+    weight_decay: float = 0.0        # AdamW's weight decay
     width: int = 64                  # latent width of C-Net, d
     layers: int = 2                  # pairs of blocks, L
     order: str = "BDBG"              # denoise then guide; BGBD: guide first; single: no BG, preference enters BD
@@ -82,6 +83,11 @@ class Config:
     noise: str = "latent"            # latent: drawn in d dimensions; dense: in I, the naive twin
     loss: str = "closed"             # closed: no users x items matrix; dense: the naive twin. Same value, same gradient
     hops: int = 2                    # of lightgcn
+    reg: float = 1e-2                # of lightgcn: weight of the embeddings' squared norm
+
+    def narrow(self, width):
+        """This configuration with another latent width."""
+        return dataclasses.replace(self, width=width)
 
     def __post_init__(self):
         for name, words in WORDS.items():
@@ -118,7 +124,7 @@ class Task:
         "w/o soft target": {"soft_target": "off"}, "one step (version 1)": {"inference": "one_step"},
         "chain T=5": {"inference": "chain", "T": 5}, "chain T=20": {"inference": "chain", "T": 20},
         "BeFA adapter": {"befa": True}, "DiffRec": DIFFREC, "DiffRec, official arithmetic": DIFFREC | {"noise": "dense", "acts_on": "state"},
-        "autoencoder": {"model": "autoencoder", "rho": 1.0, "soft_target": "off"}, "LightGCN": {"model": "lightgcn"},
+        "autoencoder": {"model": "autoencoder", "rho": 1.0, "soft_target": "off"}, "LightGCN": {"model": "lightgcn", "lr": 5e-3},
         "popularity": {"model": "popularity"},
     }
     published = {}                                           # the tables of both versions are UNVERIFIED
@@ -135,7 +141,7 @@ class Task:
         self.saved = {"model": self.model}
         if cfg.model != "popularity":
             self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, fused=True,
-                                               weight_decay=cfg.weight_decay * (cfg.model != "lightgcn"))
+                                               weight_decay=cfg.weight_decay)
             self.saved["optimiser"] = self.optimiser
         clicked = torch.bincount(data.train[:, 0], minlength=data.users)
         self.chance = ranking_chance(users=data.test[:, 0], items=data.items, seen=clicked)
