@@ -7,14 +7,23 @@
     noto, emojitwo          the same emoji in another skin tone or gender
     codraw                  frame t of a story, the words of step t + 1, frame t + 1
     others of captions.py   the instruction is a sentence of another picture; no result is known
+
+Unpaired training sees pictures and sentences, never a result: edits.said([0], seed=7) gives a sentence that is true of
+the source and one that is false of it and asks for the edit, alike but for what should change.
 """
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import captions, safe, stories, views
+import torch
+
+from data import captions, safe, stories, views, world
 from data.batches import seed_from
+from data.draw import uniform
 from data.parts import BUILTIN, Lazy, check_name, set_aside
+
+ADD = views.EDITS.index("add")        # the kinds from here on change how many things there are: add, remove
 
 
 @dataclass
@@ -28,9 +37,27 @@ class Edits:
     captions: Sequence                # E lists of sentences that are true of the source
     target: Callable | None = None    # rows -> (B, 3, size, size), the known result
     mask: Callable | None = None      # rows -> (B, 1, size, size), 1 where the edit may change a pixel
+    wanted: Sequence | None = None    # E lists of sentences that are true of the result; None: the instruction is one
+    claims: Callable | None = None    # (rows, seed, k) -> [(B true, B false sentences)] more of the same pictures
+    view: Callable | None = None      # rows -> what data.views.edits says: scenes before and after, kinds
 
     def __len__(self):
         return len(self.instructions)
+
+    def said(self, rows, seed=0, more=0):
+        """Sentences about sources: pairs (true, false); the false one of the first pair asks for the edit.
+
+        -> [(B strings, B strings), ...]: one pair, and up to `more` others where the data knows more to say
+        """
+        rows = [int(row) for row in rows]
+        if self.claims:
+            return self.claims(rows, seed, more)
+        told = []
+        for row in rows:
+            asks = self.wanted[row] if self.wanted else [self.instructions[row]] * len(self.captions[row])
+            differ = [pair for pair in zip(self.captions[row], asks, strict=False) if pair[0] != pair[1]]
+            told.append(differ[seed_from(seed, row, 1) % len(differ)] if differ else (self.captions[row][0], asks[0]))
+        return [tuple(map(list, zip(*told, strict=True)))]
 
 
 def load(name="builtin", root="", split="test", size=64, seed=0, holdout=0.1, kinds=views.EDITS):
@@ -53,8 +80,12 @@ def load(name="builtin", root="", split="test", size=64, seed=0, holdout=0.1, ki
 
 def builtin(split, size, seed, kinds):
     """Edits of the world: the picture that should come out and the pixels that may change are known."""
+    @functools.lru_cache(maxsize=2)                          # pictures and sentences of a batch come from one view
+    def drawn(rows):
+        return views.edits(rows, seed, split, kinds)
+
     def view(rows):
-        return views.edits([int(row) for row in rows], seed, split, kinds)
+        return drawn(tuple(int(row) for row in rows))
 
     def shown(rows):
         return views.edit_pictures(view(rows), size)
@@ -64,8 +95,28 @@ def builtin(split, size, seed, kinds):
 
     return Edits("builtin", size, told(lambda v: v["sentence"][0]),
                  told(lambda v: views.EDITS[int(v["kind"][0])]),
-                 lambda rows: shown(rows)[0], told(lambda v: v["caption_before"][:1]),
-                 lambda rows: shown(rows)[1], lambda rows: shown(rows)[2][:, None].float())
+                 lambda rows: world.render(view(rows)["before"], size)[0], told(lambda v: v["caption_before"][:1]),
+                 lambda rows: shown(rows)[1], lambda rows: shown(rows)[2][:, None].float(),
+                 claims=lambda rows, seed, more: claims(view(rows), seed, more, split), view=view)
+
+
+def claims(view, seed, more, split):
+    """What is true and what is false of the sources, in the words of the instructions.   -> [(B true, B false), ...]
+
+    The first pair is the instruction and what undoes it ("the star is red", "the star is blue"); the others are about
+    another attribute, each with a change that is never painted.
+    """
+    before, after, kind, which = (view[name] for name in ("before", "after", "kind", "object"))
+    undone = torch.where(kind >= ADD, 2 * ADD + 1 - kind, kind)                       # what was added is to be removed
+    pairs = [(views.wishes(after, before, undone, which.clamp(min=0)), view["sentence"])]
+    for k in range(more):
+        u = uniform(before["key"] ^ seed_from(seed, k), 3)
+        kind = (u[:, 0] * ADD).long()                                                 # any but add and remove
+        which = (before["present"][:, 1] & (u[:, 1] < 0.5)).long()
+        other = {name: value.clone() for name, value in before.items()}
+        views.change(before, other, kind, which, u[:, 2], split)
+        pairs.append((views.wishes(other, before, kind, which), views.wishes(before, other, kind, which)))
+    return pairs
 
 
 def emoji(name, root, split, size, holdout):
@@ -93,7 +144,8 @@ def emoji(name, root, split, size, holdout):
     def end(side):
         return lambda rows: data.images([pairs[int(row)][side] for row in rows])
 
-    return Edits(name, size, said, kinds, end(0), [data.captions[source] for source, _ in pairs], end(1))
+    return Edits(name, size, said, kinds, end(0), [data.captions[source] for source, _ in pairs], end(1),
+                 wanted=[data.captions[target] for _, target in pairs])
 
 
 def steps(data):

@@ -38,6 +38,17 @@ def start_constant(net, value):
     nn.init.constant_(net.bias, value)
 
 
+def up_conv(conv, x):
+    """conv(nearest x2 (x)) for a 3 x 3 convolution, exactly, with 16 products a source pixel instead of 36.
+
+    Repeating pixels and a 3 x 3 kernel are one transposed convolution with a 4 x 4 kernel whose taps are sums of the
+    3 x 3 ones: an output pixel reads only 2 x 2 different source pixels.   (B, C, h, w) -> (B, C', 2h, 2w)
+    """
+    taps = conv.weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    kernel = torch.einsum("ia,jb,ocab->coij", taps, taps, conv.weight)                      # (C, C', 4, 4)
+    return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
+
+
 # -- source side ----------------------------------------------------------------------------------------------------------
 
 
@@ -79,7 +90,7 @@ class SemanticDecoder(nn.Module):
     def forward(self, x, skips):
         maps = []
         for conv, skip in zip(self.conv, reversed(skips), strict=True):
-            x = F.leaky_relu(conv(F.interpolate(x, scale_factor=2)), SLOPE) + skip
+            x = F.leaky_relu(up_conv(conv, x), SLOPE) + skip
             maps.append(x)
         return maps
 
@@ -158,7 +169,7 @@ class DEBlock(nn.Module):
         self.fixed = {"dynamic": None, "fixed": 0.5, "channel": 1.0, "spatial": 0.0}[composition]
 
     def forward(self, h, skip, m, sentence, code):
-        h = self.conv(F.interpolate(h, scale_factor=2))
+        h = up_conv(self.conv, h)
         w = torch.sigmoid(self.weight(code))                                               # (B, C)
         if self.fixed is not None:
             w = torch.full_like(w, self.fixed)
@@ -183,11 +194,16 @@ class Generator(nn.Module):
                                     for a, b in zip(channels[-2::-1], channels[:0:-1], strict=True))
         self.to_rgb = nn.Conv2d(channels[0], 3, 3, padding=1)
 
-    def forward(self, image, sentence, explain=False):
+    def encode(self, image):
+        """What no sentence changes.   -> bottleneck, skips from fine to coarse, query maps from coarse to fine"""
         if image.shape[2:] != (self.size, self.size):
             raise ValueError(f"this editor was built for {self.size} x {self.size} pictures, got {tuple(image.shape[2:])}")
         h, skips = self.encoder(image)
-        maps = self.decoder(h, skips) if self.semantic else skips[::-1]     # ablation: queries read the encoder
+        return h, skips, self.decoder(h, skips) if self.semantic else skips[::-1]    # ablation: queries read the encoder
+
+    def edit(self, encoded, sentence, explain=False):
+        """Target decoder: one encoded picture can be edited by several sentences."""
+        h, skips, maps = encoded
         code = self.composer(h, sentence)
         weights, queries = [], []
         for block, skip, m in zip(self.blocks, reversed(skips), maps, strict=True):
@@ -196,6 +212,9 @@ class Generator(nn.Module):
             queries.append(query)
         edited = torch.tanh(self.to_rgb(F.leaky_relu(h, SLOPE)))
         return (edited, weights, queries) if explain else edited
+
+    def forward(self, image, sentence, explain=False):
+        return self.edit(self.encode(image), sentence, explain)
 
 
 # -- discriminator ----------------------------------------------------------------------------------------------------------
@@ -216,12 +235,20 @@ class Critic(nn.Module):
         self.joint = nn.Conv2d(channels[-2] + embed, 2 * base, 3, padding=1, bias=False)
         self.last = nn.Conv2d(2 * base, 1, 4, bias=False)
 
-    def forward(self, image, sentence):
+    def look(self, image):
+        """The trunk: one look at a picture serves every sentence about it.   -> (B, 8n, 4, 4)"""
         x = F.leaky_relu(self.first(image), SLOPE)
         for down in self.down:
             x = down(x)
+        return x
+
+    def judge(self, x, sentence):
+        """The head.   (B, 8n, 4, 4), (B, E) -> (B,)"""
         tiled = sentence[:, :, None, None].expand(-1, -1, 4, 4)
         return self.last(F.leaky_relu(self.joint(torch.cat([x, tiled], dim=1)), SLOPE)).flatten()
+
+    def forward(self, image, sentence):
+        return self.judge(self.look(image), sentence)
 
 
 # -- text encoder -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,338 @@
+"""Training and judging DE-Net: pictures and sentences, never an edited picture.
+
+    python train.py denet                                                  # the built-in edits, 64 x 64
+    python train.py denet --data=noto --root=FOLDER                        # emoji in other skin tones and genders
+    python train.py denet --data=birds --root=FOLDER --text=lstm           # CUB, a picture with another's sentence
+    python train.py denet --ablate --seeds=3
+
+The paper's losses were not published with its code and its text could not be read: this objective is a reconstruction
+(UNVERIFIED), built from the code base it shares with DF-GAN and from what the released training script passes around.
+"""
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from data import clip, edits, parallel, views
+from data.batches import batch_rows
+from data.metrics import frechet_distance, l1_outside, ssim
+from data.reader import agree, reader
+from data.text import BytePairs, Vocabulary, read_merges, words_of
+from edit.model import Critic, Generator, SentenceLSTM
+
+JUDGED = 300                            # edits of the validation split that are looked at; twice as many of test
+
+
+@dataclass
+class Config:
+    """DE-Net on built-in edits (defaults: 64 x 64 pictures; the paper's sizes by --paper=birds or coco)."""
+
+    data: str = "builtin"           # builtin, noto, emojitwo, birds, birds64, coco, codraw, folder, npz, ...
+    root: str = ""                  # folder of the real data
+    seed: int = 0                   # random seed
+    steps: int = 1600               # optimiser steps
+    eval_every: int = 400           # steps between evaluations
+    batch: int = 16                 # pictures edited in a step, B (the paper: 32)
+    size: int = 64                  # pixels of a side: 4 x a power of two (the paper: 256)
+    base: int = 12                  # channels of the editor at full size, n (the paper: 32)
+    critic_base: int = 24           # channels of the critic after its first halving (the paper: n)
+    code_width: int = 64            # width of the vectors in Comp-Pred; its code t is four times as wide (256)
+    kernels: int = 8                # kernels of a dynamic convolution
+    composition: str = "dynamic"    # dynamic (the paper), fixed, channel, spatial
+    dynamic: bool = True            # text writes convolution kernels; off: static kernels
+    semantic: bool = True           # queries read the semantic decoder; off: the encoder's skips
+    text: str = "auto"              # clip: frozen; lstm: DAMSM's encoder, learnt with the critic; auto: clip on built-in data
+    clip: str = ""                  # file of OpenAI's CLIP; empty: the small one of the built-in world
+    merges: str = ""                # CLIP's vocabulary file, for --clip
+    lr: float = 5e-4                # Adam step size of the editor (the paper: 1e-4)
+    critic_lr: float = 1e-3         # Adam step size of the critic (the paper: 4e-4)
+    similar: float = 1.0            # weight of CLIP's cosine between edit and sentence
+    own: float = 4.0                # weight of L1: the picture's own sentence must give the picture back
+    keep: float = 1.0               # weight of L1 between edit and source (ours)
+    penalty: float = 2.0            # weight k of the matching-aware gradient penalty
+    penalty_every: int = 4          # steps between penalties, each weighted by as much (DF-GAN: 1)
+    more: int = 2                   # further true and false sentences the critic hears about a picture
+    near: bool = True               # wrong sentences differ in one thing; off: another picture's sentence
+    average: float = 0.995          # decay of the running mean of the editor that is judged and saved; 0: none (the paper)
+    oracle: float = 0.0             # weight of L1 to the known result: 0, or training is no longer unpaired
+
+    def __post_init__(self):
+        for name, known in (("composition", ("dynamic", "fixed", "channel", "spatial")), ("text", ("auto", "clip", "lstm"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name}={getattr(self, name)} is unknown; choose {', '.join(known)}")
+
+
+def paper(name):
+    """Published sizes as overrides; epochs, losses and text encoder behind the tables are UNVERIFIED."""
+    if name not in ("birds", "coco"):
+        raise ValueError(f"--paper={name} is unknown; there are birds, coco")
+    epoch = {"birds": 8855, "coco": 82783}[name] // 32
+    return {"data": name, "size": 256, "base": 32, "critic_base": 32, "code_width": 256, "batch": 32, "lr": 1e-4,
+            "critic_lr": 4e-4, "text": "lstm", "penalty_every": 1, "average": 0.0, "similar": 0.0, "near": False, "more": 0,
+            "eval_every": 5 * epoch, "steps": 300 * epoch}
+
+
+# -- sentences ----------------------------------------------------------------------------------------------------------
+
+
+class Sentences(torch.nn.Module):
+    """Strings -> sentence vectors (B, E): a frozen CLIP, or the bidirectional LSTM over the training set's words.
+
+    raises  ValueError for words that the small CLIP does not know, or for a sentence longer than its tower reads
+    """
+
+    def __init__(self, cfg, captions, device):
+        super().__init__()
+        self.device, self.table = device, {}
+        recurrent = cfg.text == "lstm" or cfg.text == "auto" and cfg.data != "builtin" and not cfg.clip
+        self.clip = None
+        if cfg.clip or not recurrent or cfg.data == "builtin":
+            tower = clip.load(cfg.clip) if cfg.clip else clip.small()
+            self.clip = (tower.to(device),)                  # a tuple hides it: frozen weights stay out of checkpoints
+            self.ids = BytePairs(read_merges(cfg.merges)) if cfg.clip else clip.small_tokeniser()
+        self.lstm = None
+        if recurrent:
+            self.words = Vocabulary(captions, split=words_of)
+            self.lstm = SentenceLSTM(len(self.words), 256 if cfg.size >= 256 else 64)
+        self.width = self.lstm.rnn.hidden_size * 2 if recurrent else self.clip[0].embed
+
+    def forward(self, texts):
+        """What conditions editor and critic. Official code: 18 words at most, drawn at random from longer captions."""
+        if self.lstm is None:
+            return self.by_clip(texts)
+        tokens, lengths = self.words(texts)                  # Paper: unknown; here the first 18 words, so nothing is random
+        return self.lstm(tokens[:, :18].to(self.device), lengths.clamp(max=18))[0]
+
+    def by_clip(self, texts):
+        """CLIP's sentence vectors, scaled to unit variance; frozen, so each distinct sentence is read once."""
+        if fresh := sorted(set(texts) - self.table.keys()):
+            tokens = self.ids(fresh)
+            with torch.no_grad():
+                found = self.clip[0].encode_text(tokens[:, : int((tokens > 0).sum(1).max())].to(self.device))[0]
+            if len(self.table) > 2**16:
+                self.table.clear()
+            self.table |= dict(zip(fresh, F.normalize(found, dim=1) * found.shape[1] ** 0.5, strict=True))
+        return torch.stack([self.table[text] for text in texts])
+
+    def agreement(self, pictures, texts):
+        """CLIP's cosine of pictures and sentences, differentiable in the pictures.   -> (B,)"""
+        embedding = self.clip[0].encode_image(clip.standard(pictures, self.clip[0].size))[1]
+        return F.cosine_similarity(embedding, self.by_clip(texts))
+
+
+# -- losses -------------------------------------------------------------------------------------------------------------
+
+
+def hinge(matched, wrong, fake):
+    """DF-GAN's matching-aware hinge: real pictures with true sentences up, false sentences and edits down.   -> scalar"""
+    return F.relu(1 - matched).mean() + 0.5 * F.relu(1 + wrong).mean() + 0.5 * F.relu(1 + fake).mean()
+
+
+def gradient_penalty(critic, image, sentence, power=6):
+    """E |gradient of D at real, matching pairs|^p, picture and sentence together (DF-GAN's Eq. 2, weight k outside).
+
+    image (B, 3, S, S), sentence (B, E) -> scalar. It needs a critic that does not couple samples: no batch norm.
+    """
+    image, sentence = image.detach().requires_grad_(), sentence.detach().requires_grad_()
+    slopes = torch.autograd.grad(critic(image, sentence).sum(), (image, sentence), create_graph=True)
+    return torch.cat([g.flatten(1) for g in slopes], dim=1).square().sum(1).clamp(min=1e-12).pow(power / 2).mean()
+
+
+class Task:
+    """The editor, its critic and its judges; see STYLE of the contract in train.py."""
+
+    headline, better = "changed", "higher"
+    table = ("changed", "recolour changed", "background changed", "retexture changed", "reshape changed", "add changed",
+             "remove changed", "kept L1", "kept SSIM", "success")
+    ablations = {
+        "full": {}, "fixed composition": {"composition": "fixed"}, "static convolution": {"dynamic": False},
+        "spatial only": {"composition": "spatial"}, "channel only": {"composition": "channel"},
+        "w/o semantic decoder": {"semantic": False}, "w/o CLIP similarity": {"similar": 0.0},
+        "w/o own sentence": {"own": 0.0}, "w/o keep": {"keep": 0.0}, "rolled sentences": {"near": False, "more": 0},
+        "w/o mean of weights": {"average": 0.0}, "learnt text encoder": {"text": "lstm"},
+    }
+
+    def __init__(self, cfg, device):
+        self.cfg, self.device = cfg, device
+        self.data = {split: edits.load(cfg.data, cfg.root, split, cfg.size) for split in ("train", "valid", "test")}
+        train = self.data["train"]
+        rows = range(min(len(train), 4096 if cfg.data == "builtin" else 2**20))
+        words = (text for row in rows for pair in train.said([row]) for texts in pair for text in texts)
+        self.read = Sentences(cfg, words, device).to(device)                       # words are drawn only if they are needed
+        self.editor = Generator(cfg.size, self.read.width, cfg.base, cfg.code_width, cfg.kernels, cfg.composition,
+                                cfg.dynamic, cfg.semantic).to(device)
+        self.critic = Critic(cfg.size, self.read.width, cfg.critic_base).to(device)
+        self.mean = copy.deepcopy(self.editor).requires_grad_(False).eval()        # what is judged, saved and used
+        self.optimiser = torch.optim.Adam(self.editor.parameters(), cfg.lr, (0.0, 0.9))
+        learnt = [*self.critic.parameters(), *(p for p in self.read.parameters())]
+        self.critic_optimiser = torch.optim.Adam(learnt, cfg.critic_lr, (0.0, 0.9))
+        self.saved = {"editor": self.editor, "critic": self.critic, "mean": self.mean, "read": self.read,
+                      "optimiser": self.optimiser, "critic_optimiser": self.critic_optimiser}
+        self.judge = reader().to(device)
+        self.known = cfg.data == "builtin"
+        self.headline = Task.headline if self.known else "asked"
+        self.chance = self.score("test", copy_source) if self.known else {}
+        self.next = 'python -m edit.sample photo.png "the heart is green"'
+
+    # -- one step -------------------------------------------------------------------------------------------------------
+
+    def batches(self, seed, start, stop):
+        """Sources (B, 3, S, S) and pairs of true and false sentences about them; the results are rendered for --oracle only."""
+        train, cfg = self.data["train"], self.cfg
+        for t in range(start, stop):
+            rows = batch_rows(len(train), cfg.batch, seed, t).tolist()
+            said = train.said(rows, seed + t, cfg.more)
+            if not cfg.near:                                 # rolled, as in DF-GAN: the next picture's true sentence
+                said = [(true, true[1:] + true[:1]) for true, _ in said]
+            yield train.source(rows), said, train.target(rows) if cfg.oracle else None
+
+    def update(self, batch, step):
+        """Critic: real and true up, real and false or edited down. Editor: fool it, obey the sentence, keep the rest."""
+        cfg, (source, said, target) = self.cfg, batch
+        source = parallel.shard(source).to(self.device).contiguous(memory_format=torch.channels_last)
+        said = [(parallel.shard(true), parallel.shard(false)) for true, false in said]
+        vectors = self.read([text for pair in said for texts in pair for text in texts])
+        vectors = vectors.unflatten(0, (len(said), 2, -1))                       # (1 + more, 2, B, E)
+        own, asked = vectors[0].detach()
+        encoded = self.editor.encode(source)
+        edited = self.editor.edit(encoded, asked)
+
+        self.critic.requires_grad_(True)
+        seen = self.critic.look(source)
+        matched, wrong = self.critic.judge(seen.repeat(2 * len(said), 1, 1, 1), vectors.flatten(0, 2)).view(
+            len(said), 2, -1).unbind(1)
+        fake = self.critic(edited.detach(), asked)
+        d_loss = hinge(matched, wrong, fake)
+        losses = {"critic": d_loss.detach()}
+        if cfg.penalty and step % cfg.penalty_every == 0:
+            with torch.autocast(self.device.type, enabled=False):
+                d_loss = d_loss + cfg.penalty_every * cfg.penalty * gradient_penalty(self.critic, source, own)
+        parallel.descend(self.critic_optimiser, d_loss)
+
+        self.critic.requires_grad_(False)
+        terms = {"fool": -self.critic(edited, asked).mean(), "keep": cfg.keep * (edited - source).abs().mean()}
+        if cfg.own:
+            terms["own"] = cfg.own * (self.editor.edit(encoded, own) - source).abs().mean()
+        if cfg.similar and self.read.clip:
+            terms["similar"] = -cfg.similar * self.read.agreement(edited, said[0][1]).mean()
+        if cfg.oracle:
+            terms["oracle"] = cfg.oracle * (edited - parallel.shard(target).to(self.device)).abs().mean()
+        parallel.descend(self.optimiser, sum(terms.values()))
+        self.follow()
+        return losses | {name: term.detach() for name, term in terms.items()}
+
+    @torch.no_grad()
+    def follow(self):
+        """Running mean of the editor's weights; the statistics of its batch norms are copied."""
+        for ours, theirs in zip(self.mean.parameters(), self.editor.parameters(), strict=True):
+            ours.lerp_(theirs, 1 - self.cfg.average)
+        for ours, theirs in zip(self.mean.buffers(), self.editor.buffers(), strict=True):
+            ours.copy_(theirs)
+
+    def sample(self, folder):
+        pass
+
+    # -- judging ---------------------------------------------------------------------------------------------------------
+
+    def edit(self, source, sentences, explain=False):
+        """Edits by the mean editor.   (B, 3, S, S), B strings -> (B, 3, S, S), with explain=True also weights and queries"""
+        return self.mean(source.to(self.device), self.read(sentences), explain)
+
+    def evaluate(self, split):
+        return self.score(split, lambda part: self.edit(part["source"], part["asked"]))
+
+    def rivals(self):
+        """What copying the input and the known result would score."""
+        if not self.known:
+            return {}
+        return {"copy the input": self.chance, "oracle": self.score("test", lambda part: part["target"])}
+
+    @torch.no_grad()
+    def score(self, split, editor):
+        """Metrics of `editor`, a function of {"source", "asked", "target", ...}, over the first edits of a split."""
+        data, parts = self.data[split], []
+        n = min(len(data), JUDGED * (1 + (split == "test")))
+        for first in range(0, n, 100):
+            rows = range(first, min(first + 100, n))
+            part = {"source": data.source(rows).to(self.device), "asked": data.said(rows)[0][1]}
+            if data.target:
+                part["target"] = data.target(rows).to(self.device)
+            part["edited"] = editor(part)
+            parts.append(measure(part, data, rows, self) | {"kind": [data.kinds[row] for row in rows]})
+        return summarise(parts, self)
+
+
+def copy_source(part):
+    return part["source"]
+
+
+def measure(part, data, rows, task):
+    """What is measured on each of some edits.   -> {name: (B,)}, and features of the judge"""
+    source, edited = part["source"], part["edited"].clamp(-1, 1)
+    found = {"L2": (edited - source).square().mean((1, 2, 3)), "features": task.judge.features(edited)}
+    if task.read.clip:
+        found["CLIP score"] = task.read.agreement(edited, part["asked"])
+        found["MP"] = (1 - found["L2"]) * found["CLIP score"]                  # manipulative precision as published
+    if not task.known:
+        sentence = task.read(part["asked"])
+        found["asked"] = (task.critic(edited, sentence) > task.critic(source, sentence)).float()
+    if "target" in part:
+        found["real"] = task.judge.features(part["target"])
+        found["error"] = (edited - part["target"]).abs().mean((1, 2, 3))
+    if data.mask:
+        mask = data.mask(rows).to(edited.device)
+        found |= {"kept L1": l1_outside(edited, source, mask), "kept SSIM": ssim(edited, source, mask)}
+    if data.view:
+        found |= {name: x for name, x in verdict(task.judge(edited), data.view(rows)).items()}
+    return found
+
+
+def verdict(reading, view):
+    """What the reader says of edits.   -> changed, rest: (B,) in {0, 1}
+
+    changed  the one thing the sentence asks for is there. Added: shape, colour and texture, anywhere (the size is
+             relative); removed: as many things as should be left, the other one among them
+    rest     everything else the reader can read is as it was, so nothing else was changed
+    """
+    before, after, kind, rows = view["before"], view["after"], view["kind"], torch.arange(len(view["kind"]))
+    reading = {name: x.cpu() for name, x in reading.items()}
+    placed, anywhere, slot = agree(reading, after), agree(reading, after, where=False), view["object"].clamp(min=0)
+    changed, rest = torch.zeros(2, len(rows), dtype=torch.bool)
+    for name, attribute in views.CHANGES.items():
+        now = kind == views.EDITS.index(name)
+        others = [placed[a] | ~after["present"] for a in ("found", "shape", "colour", "texture")]
+        alone = torch.stack([x if a != attribute else x.scatter(1, slot[:, None], True)
+                             for a, x in zip(("found", "shape", "colour", "texture"), others, strict=True)])
+        changed = torch.where(now, placed[attribute][rows, slot], changed)
+        rest = torch.where(now, alone.all(0).all(1) & placed["background"] & placed["count"], rest)
+    whole = torch.stack([placed[a] | ~before["present"] for a in ("found", "shape", "colour", "texture")]).all(0)
+    now = kind == views.EDITS.index("background")
+    changed, rest = torch.where(now, placed["background"], changed), torch.where(now, whole.all(1) & placed["count"], rest)
+    now = kind == edits.ADD
+    there = torch.stack([anywhere[a][:, 1] for a in ("found", "shape", "colour", "texture")]).all(0)
+    changed, rest = torch.where(now, there & placed["count"], changed), torch.where(now, whole[:, 0] & placed["background"], rest)
+    now = kind == edits.ADD + 1
+    changed = torch.where(now, placed["found"][:, 0] & placed["count"], changed)
+    rest = torch.where(now, torch.stack([placed[a][:, 0] for a in ("shape", "colour", "texture")]).all(0) & placed["background"], rest)
+    return {"changed": changed.float(), "rest": rest.float()}
+
+
+def summarise(parts, task):
+    """Means over all edits and, where kinds differ, for each kind; the Frechet distance with its features' name."""
+    kinds = [kind for part in parts for kind in part["kind"]]
+    found = {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0] if name != "kind"}
+    features, real = found.pop("features"), found.pop("real", None)
+    if "changed" in found:
+        found["success"] = found["changed"] * found["rest"]
+    scores = {name: float(x.nanmean()) for name, x in found.items()}
+    if real is None:
+        rows = range(min(len(task.data["test"]), len(features)))
+        real = task.judge.features(task.data["test"].source(rows).to(task.device)).cpu()
+    scores["Frechet"] = float(frechet_distance(features, real, "reader"))
+    for kind in dict.fromkeys(kinds) if task.known else ():
+        mine = torch.tensor([k == kind for k in kinds])
+        scores |= {f"{kind} {name}": float(found[name][mine].nanmean()) for name in ("changed", "rest", "kept L1", "kept SSIM", "MP")}
+    if task.known:                                           # kinds count alike, however many of each were drawn
+        scores["changed"] = sum(scores[f"{kind} changed"] for kind in views.EDITS) / len(views.EDITS)
+    return scores
