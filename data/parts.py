@@ -12,7 +12,7 @@ from data.batches import seed_from
 
 MARGIN = 76 / 64                      # AttnGAN: resize the short side to int(size * 76 / 64), then crop size
 BUILTIN = {"train": 2**20, "valid": 2048, "test": 4096}     # rows of the built-in world's parts
-FILMS = {"train": 1000, "valid": 200, "test": 400}            # its videos, eight questions about each
+FILMS = {"train": 2000, "valid": 200, "test": 400}            # its videos
 CACHE = 512 * 2**20                   # bytes of decoded pictures kept in memory
 
 

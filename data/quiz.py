@@ -4,10 +4,11 @@
     view["question"][0], view["answer"][0], view["type"][0], view["video"][0], view["evidence"][0]
     frames = film(view, range(4), size=32)                    # (4, 32, 3, 32, 32): 8 clips of 4 frames
 
-A video shows six objects, each for two of the eight clips, in two lanes: at most two are seen at once.
+A video is eight shots of one thing each, or of nothing: six things and two empty shots in random order, on one
+background. So a clip is evidence for a question or it is not, and most are not.
 
-    lane one    | 0 0 | 2 2 | 4 4 | 6 6 |       seven places, named by the clip in which they begin; the six
-    lane two      | 1 1 | 3 3 | 5 5 |           objects take them in random order, one place stays empty
+    clip     0      1      2      3      4      5      6      7
+           | star | moon |      | star | heart|      | moon | star |
 
 Balance is built in. The colours of the six are dealt as a a a b b c and their shapes as x x x y y z, so every
 number from 0 to 3 can be asked about in every video. Type and answer are drawn first, then a question that
@@ -21,7 +22,7 @@ from data.draw import SHAPES, render, uniform
 from data.world import BACKGROUND, COLOUR, PLURALS, SIZES, article, chances, keys, one, pick
 
 CLIPS, OBJECTS, PATIENCE = 8, 6, 40
-RADII = (0.25, 0.37)                                # small and large: lanes of width 1 leave no room for more
+RADII = (0.26, 0.44)                                # small and large
 FORMS = ("square", "triangle", "star", "heart", "cross", "moon")  # a circle that turns looks as if it did not
 TURNING = tuple(SHAPES.index(s) for s in FORMS)
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -33,7 +34,7 @@ SVQA = {"count": 5520, "exist": 1920, "query colour": 2160, "query size": 2160, 
         "query direction": 2160, "query shape": 2160, "more": 720, "equal": 720, "less": 720,
         "same colour": 720, "same size": 720, "same action": 720, "same direction": 720,
         "same shape": 720}                              # the numbers of questions in SVQA's test split
-TYPES = {**SVQA, "relation": 1200, "order": 1200}      # ours: where two things are, which of them comes first
+TYPES = {**SVQA, "order": 1200}    # ours: which of two things comes first; DualVGR does not see the order of clips
 ANSWERS = (*"0123", "yes", "no", *COLOUR, *FORMS, *SIZES, *DIRECTIONS, "moving", "rotating", "static")
 
 
@@ -59,11 +60,9 @@ def videos(key):
             "shape": deal(u[:, 14:26], torch.tensor(TURNING), (0, 0, 0, 1, 1, 2)),
             "size": deal(u[:, 26:34], torch.arange(2), (0, 0, 0, 1, 1, 1)),
             "motion": motion.gather(1, u[:, 34:40].argsort(1)),
-            "start": u[:, 40:47].argsort(1)[:, :OBJECTS],          # first clip; even: lane one, odd: lane two
-            "offset": u[:, 47:53] * 2 - 1,                             # where in its lane
+            "clip": u[:, 40:48].argsort(1)[:, :OBJECTS],               # when it is seen
+            "offset": u[:, 64:76].view(-1, OBJECTS, 2) * 2 - 1,        # where
             "spin": (u[:, 53:59] < 0.5) * 2.0 - 1,                     # which way it turns or leans
-            "upright": u[:, 60] < 0.5,                           # lanes side by side, not one below the other
-            "swap": u[:, 61] < 0.5,                                    # lane one is below, or to the right
             "background": (u[:, 62] * len(BACKGROUND)).long(), "pattern": (u[:, 63] * 2).long(), "key": key}
 
 
@@ -73,38 +72,29 @@ def film(view, rows, size=32, frames=4):
 
 
 def frame_scene(view, rows, frames=4):
-    """Every frame of some videos as a scene of n * 8 * frames rows; slot 0 is lane one, slot 1 lane two."""
+    """Every frame of some videos as a scene of n * 8 * frames rows with one slot."""
     some = pick(view["videos"], torch.as_tensor(list(rows), dtype=torch.long))
-    total, time, lane = len(some["key"]), torch.arange(CLIPS * frames), torch.arange(2)[:, None]
-    begins = (time // frames - lane) // 2 * 2 + lane                  # (2, T): where the thing seen now began
-    match = some["start"][:, None, None] == begins[..., None]          # (n, 2, T, 6)
-    which = match.int().argmax(-1)
-    own = {name: some[name].gather(1, which.flatten(1)).view(which.shape)                  # (n, 2, T) each
-           for name in ("colour", "shape", "size", "motion", "offset", "spin")}
-    upright, swap = (some[name][:, None, None] for name in ("upright", "swap"))
-    centre, angle = moves(own, time - begins * frames, frames, upright, swap)
-    slots = {"present": match.any(-1), "shape": own["shape"], "colour": own["colour"], "size": own["size"],
-             "texture": torch.zeros_like(which), "radius": torch.tensor(RADII)[own["size"]], "angle": angle,
-             "centre": centre, "tone": torch.zeros_like(angle)}
-    each = {name: some[name].repeat_interleave(len(time)) for name in ("background", "pattern", "key")}
-    return {**{name: x.transpose(1, 2).flatten(0, 1) for name, x in slots.items()}, **each,
-            "light": torch.zeros(total * len(time))}
+    match = some["clip"][:, None] == torch.arange(CLIPS)[:, None]              # (n, 8, 6)
+    which = match.int().argmax(2)                                              # (n, 8)
+    own = {name: some[name].gather(1, which) for name in ("colour", "shape", "size", "motion", "spin")}
+    place = some["offset"].gather(1, which[..., None].expand(-1, -1, 2))       # (n, 8, 2)
+    centre, angle = moves(own, place, frames)
+    slots = {"present": match.any(2), "shape": own["shape"], "colour": own["colour"], "size": own["size"],
+             "texture": torch.zeros_like(which), "radius": torch.tensor(RADII)[own["size"]], "tone": own["spin"] * 0}
+    slots = {name: x.repeat_interleave(frames, 1) for name, x in slots.items()}
+    slots |= {"centre": centre.flatten(1, 2), "angle": angle.flatten(1)}
+    each = {name: some[name].repeat_interleave(CLIPS * frames) for name in ("background", "pattern", "key")}
+    return {**{name: x.flatten(0, 1)[:, None] for name, x in slots.items()}, **each,
+            "light": torch.zeros(len(each["key"]))}
 
 
-def moves(own, age, frames, upright, swap):
-    """Centres (n, 2, T, 2) and angles (n, 2, T) of things that have been there for `age` (2, T) frames.
-
-    Along its lane a thing travels 0.92, across it 0.26; a turning one makes 1.4 radians a clip.
-    """
-    way = torch.tensor([*DIRECTIONS.values(), (0, 0), (0, 0)])[own["motion"]].float()      # (n, 2, T, 2)
-    along_way, across_way = (torch.where(upright, way[..., i], way[..., 1 - i]) for i in (1, 0))
-    spent = age / (2 * frames - 1) * 2 - 1                             # -1 .. 1 while the thing is there
-    middle = torch.where(swap, 0.5, -0.5) * (1 - 2 * torch.arange(2)[:, None])             # of its lane
-    along = own["offset"] * torch.where(along_way != 0, 0.08, 0.5) + along_way * spent * 0.46
-    across = middle + across_way * spent * 0.13
-    flat, tall = torch.stack([along, across], -1), torch.stack([across, along], -1)
-    angle = own["spin"] * torch.where(own["motion"] == MOTIONS.index("rotating"), age * (1.4 / frames), 0.1)
-    return torch.where(upright[..., None], tall, flat), angle
+def moves(own, place, frames):
+    """Centres (n, 8, F, 2) and angles (n, 8, F). Across a clip things travel 0.9 of the picture's half, or turn 1.4 radians."""
+    way = torch.tensor([*DIRECTIONS.values(), (0, 0), (0, 0)])[own["motion"]].float()[:, :, None]       # (n, 8, 1, 2)
+    spent = torch.arange(frames) / max(1, frames - 1)
+    still = place[:, :, None] * torch.where(way != 0, 0.1, 0.45)
+    angle = own["spin"][..., None] * torch.where(own["motion"][..., None] == MOTIONS.index("rotating"), spent * 1.4, 0.1)
+    return still + way * (spent[:, None] - 0.5) * 0.9, angle
 
 
 # -- questions -----------------------------------------------------------------------------------------------
@@ -135,11 +125,10 @@ def clips(index, seed=0, split="train", questions=8, types=SVQA):
 
 def contents(shown):
     """Videos in words.   -> V lists of six dicts"""
-    names = ("colour", "shape", "size", "motion", "start", "upright", "swap")
-    return [[{"colour": COLOUR[c], "shape": SHAPES[s], "size": SIZES[z], "motion": MOTIONS[m], "start": b,
-              "action": "moving" if m < 4 else MOTIONS[m], "upright": upright, "first": (b % 2 == 0) != swap}
-             for c, s, z, m, b in zip(*six, strict=True)]
-            for *six, upright, swap in zip(*(shown[name].tolist() for name in names), strict=True)]
+    names = ("colour", "shape", "size", "motion", "clip")
+    return [[{"colour": COLOUR[c], "shape": SHAPES[s], "size": SIZES[z], "motion": MOTIONS[m], "clip": b,
+              "action": "moving" if m < 4 else MOTIONS[m]} for c, s, z, m, b in zip(*six, strict=True)]
+            for six in zip(*(shown[name].tolist() for name in names), strict=True)]
 
 
 def ask(chance, things, pot):
@@ -154,7 +143,7 @@ def ask(chance, things, pot):
         if found:
             question, answer, about, named = found
             stream = 1 if attribute in ("action", "direction") else 2 if "motion" in named else 0
-            seen = {things[i]["start"] + later for i in about for later in (0, 1)}
+            seen = {things[i]["clip"] for i in about}
             return {"question": question, "answer": answer, "type": name, "stream": stream,
                     "filters": len(named), "clips": seen}
 
@@ -256,21 +245,11 @@ def same(chance, things, attribute):
     return pairwise(chance, things, pairs, attribute, words, answer)
 
 
-def relation(chance, things, _):
-    """Two things that are seen in one clip, so one in each lane."""
-    answer = one(chance, ("yes", "no"))
-    pairs = [(i, j) for i, a in enumerate(things) for j, b in enumerate(things)
-             if abs(a["start"] - b["start"]) == 1 and a["first"] == (answer == "yes")]
-    # Lanes lie side by side or one below the other: only that order is certain while both are seen.
-    words = "left of" if things[0]["upright"] else "above"
-    return pairwise(chance, things, pairs, "", f"is the {{}} {words} the {{}}", answer)
-
-
 def order(chance, things, _):
-    """Two things that are not seen together; the one or the other comes first."""
+    """Which of two things comes first."""
     answer = one(chance, ("yes", "no"))
     pairs = [(i, j) for i, a in enumerate(things) for j, b in enumerate(things)
-             if abs(b["start"] - a["start"]) > 2 and (b["start"] > a["start"]) == (answer == "yes")]
+             if i != j and (b["clip"] > a["clip"]) == (answer == "yes")]
     return pairwise(chance, things, pairs, "", "does the {} come before the {}", answer)
 
 
@@ -284,4 +263,4 @@ def pairwise(chance, things, pairs, hidden, words, answer):
 
 
 WRITERS = {"count": count, "exist": exist, "query": query, "more": compare, "equal": compare, "less": compare,
-           "same": same, "relation": relation, "order": order}
+           "same": same, "order": order}

@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 MFB_WIDTH, MFB_FACTOR = 256, 2           # Official code: fixed, independent of d
-DROPOUT = {"input": 0.15, "output": 0.18}
+DROPOUT, LAST_DROPOUT = 0.15, 0.18       # everywhere; on the last states of an LSTM
 
 
 class Output(NamedTuple):
@@ -39,20 +38,25 @@ class Output(NamedTuple):
 
 
 class BiLSTM(nn.Module):
-    """One bidirectional layer over packed sequences.   (B, S, in) -> every step (B, S, d), last states (B, d)"""
+    """One bidirectional layer over sequences of any lengths.   (B, S, in) -> every step (B, S, d), last states (B, d)
+
+    The way back reads each sequence turned around within its own length, so that padding comes last both ways and two
+    dense LSTMs do what a packed one would, without its hundred small operations a step and without asking a GPU for lengths.
+    """
 
     def __init__(self, width_in, width):
         super().__init__()
-        self.rnn = nn.LSTM(width_in, width // 2, batch_first=True, bidirectional=True)
+        self.ahead, self.back = (nn.LSTM(width_in, width // 2, batch_first=True) for _ in range(2))
 
     def forward(self, x, lengths=None):
-        if lengths is None:
-            steps, (last, _) = self.rnn(x)
-        else:
-            packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-            steps, (last, _) = self.rnn(packed)
-            steps = pad_packed_sequence(steps, batch_first=True, total_length=x.shape[1])[0]   # zeros on padding
-        return steps, torch.cat([last[0], last[1]], dim=1)
+        t = torch.arange(x.shape[1], device=x.device)
+        lengths = x.new_full((len(x),), x.shape[1], dtype=torch.long) if lengths is None else lengths
+        inside, last = t < lengths[:, None], (lengths - 1).clamp(min=0)[:, None]                # (B, S), (B, 1)
+        turn = torch.where(inside, last - t, t)[..., None]                                      # its own inverse
+        ahead, back = self.ahead(x)[0], self.back(x.gather(1, turn.expand_as(x)))[0]            # (B, S, d/2)
+        ends = [y.gather(1, last[..., None].expand(-1, 1, y.shape[2]))[:, 0] for y in (ahead, back)]
+        steps = torch.cat([ahead, back.gather(1, turn.expand_as(back))], 2) * inside[..., None]  # zeros on padding
+        return steps, torch.cat(ends, 1)
 
 
 class QuestionEncoder(nn.Module):
@@ -61,15 +65,16 @@ class QuestionEncoder(nn.Module):
     The cycles read words and context; the sentence goes only to the answer decoder, from a second LSTM of its own.
     """
 
-    def __init__(self, vocabulary, word_width, width):
+    def __init__(self, vocabulary, word_width, width, dropout=1.0):
         super().__init__()
+        self.drop, self.drop_last = nn.Dropout(DROPOUT * dropout), nn.Dropout(LAST_DROPOUT * dropout)
         self.embed = nn.Embedding(vocabulary, word_width)
         self.context = BiLSTM(word_width, width)
         self.sentence = BiLSTM(word_width, width)
 
     def forward(self, tokens, lengths):
-        words = torch.tanh(F.dropout(self.embed(tokens), DROPOUT["input"], self.training))      # (B, S, w)
-        sentence = F.dropout(self.sentence(words, lengths)[1], DROPOUT["output"], self.training)
+        words = torch.tanh(self.drop(self.embed(tokens)))                                # (B, S, w)
+        sentence = self.drop_last(self.sentence(words, lengths)[1])
         return words, self.context(words, lengths)[0], sentence                                 # (B, S, d), (B, d)
 
 
@@ -111,22 +116,37 @@ class GraphAttention(nn.Module):
     of pairs, with identical values.   x (B, N, d), score (B, N) -> (B, N, d), attention (B, H, N, N)
     """
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, dropout=1.0):
         super().__init__()
-        self.heads = heads
+        self.heads, self.drop = heads, nn.Dropout(DROPOUT * dropout)
         self.project = nn.Linear(width, width)                             # U of all heads
         self.receiver = nn.Parameter(torch.empty(heads, width // heads))   # a1
         self.sender = nn.Parameter(torch.empty(heads, width // heads))     # a2
         self.bias = nn.Parameter(torch.zeros(heads))                       # b
 
     def forward(self, x, score):
-        u = self.project(F.dropout(x, DROPOUT["input"], self.training)).unflatten(2, (self.heads, -1))  # (B, N, H, d/H)
-        to = torch.einsum("bnhk,hk->bhn", u, self.receiver) + self.bias[:, None]
-        of = torch.einsum("bnhk,hk->bhn", u, self.sender)
-        attention = F.leaky_relu(to[..., :, None] + of[..., None, :], 0.01).softmax(3)                  # (B, H, N, N)
-        kept = F.dropout(attention, DROPOUT["input"], self.training)
-        out = F.elu(torch.einsum("bhij,bj,bjhk->bihk", kept, score, u)).flatten(2)                      # (B, N, d)
-        return F.dropout(out, DROPOUT["input"], self.training), attention
+        u = self.project(self.drop(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)          # (B, H, N, d/H)
+        to = (u * self.receiver[:, None]).sum(3) + self.bias[:, None]                          # (B, H, N)
+        of = (u * self.sender[:, None]).sum(3)
+        attention = F.leaky_relu(to[..., :, None] + of[..., None, :], 0.01).softmax(3)         # (B, H, N, N)
+        out = F.elu(self.drop(attention) @ (score[:, None, :, None] * u))                      # (B, H, N, d/H)
+        return self.drop(out.transpose(1, 2).flatten(2)), attention
+
+
+class SelfAttention(GraphAttention):
+    """The rival of graph attention: logits are scaled dot products of two projections, all else is the same."""
+
+    def __init__(self, width, heads, dropout=1.0):
+        super().__init__(width, heads, dropout)
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        del self.receiver, self.sender, self.bias
+
+    def forward(self, x, score):
+        x = self.drop(x)
+        u, q, k = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.project, self.query, self.key))
+        attention = (q @ k.mT / u.shape[3] ** 0.5).softmax(3)
+        out = F.elu(self.drop(attention) @ (score[:, None, :, None] * u))
+        return self.drop(out.transpose(1, 2).flatten(2)), attention
 
 
 class ViewAttention(nn.Module):
@@ -148,22 +168,23 @@ class ReasoningUnit(nn.Module):
     views  "both" (the paper), "own" or "common": the graphs that are kept
     """
 
-    def __init__(self, word_width, width, heads, punish=True, views="both", share_common=False):
+    def __init__(self, word_width, width, heads, punish=True, views="both", share_common=False, graph="gat", dropout=1.0):
         super().__init__()
+        graph = {"gat": GraphAttention, "attention": SelfAttention}[graph]
         self.punish, self.views = punish, views
         self.query = DynamicQuery(width)
         self.punishment = nn.ModuleList(QueryPunishment(word_width, width) for _ in range(2))
-        self.own = nn.ModuleList(GraphAttention(width, heads) for _ in range(2))           # AIG, MIG in the figure
+        self.own = nn.ModuleList(graph(width, heads, dropout) for _ in range(2))           # AIG, MIG in the figure
         # Paper: the figure's AMC and MAC suggest one correlated graph. Official code: separate weights (confirmed).
-        common = [GraphAttention(width, heads) for _ in range(2)]
+        common = [graph(width, heads, dropout) for _ in range(2)]
         self.common = nn.ModuleList([common[0]] * 2 if share_common else common)
         self.fuse = nn.ModuleList(ViewAttention(width) for _ in range(2))
 
-    def forward(self, streams, words, context, mask):
+    def forward(self, streams, words, context, mask, evidence=None):
         query, attention = self.query(words, context, mask)
         scores, graphs, weights, fused, commons = [], [], [], [], []
         for x, punishment, own, common, fuse in zip(streams, self.punishment, self.own, self.common, self.fuse, strict=True):
-            score = punishment(x, query) if self.punish else x.new_ones(x.shape[:2])
+            score = evidence if evidence is not None else punishment(x, query) if self.punish else x.new_ones(x.shape[:2])
             (z_own, graph_own), (z_common, graph_common) = own(x, score), common(x, score)
             z, weight = fuse(z_common, z_own)
             if self.views != "both":
@@ -182,26 +203,27 @@ class ReasoningUnit(nn.Module):
 class MFB(nn.Module):
     """Multimodal factorised bilinear fusion of the two streams, clip by clip.   -> (B, N, d)"""
 
-    def __init__(self, width):
+    def __init__(self, width, inner=MFB_WIDTH):
         super().__init__()
-        self.appearance = nn.Linear(width, MFB_WIDTH * MFB_FACTOR)
-        self.motion = nn.Linear(width, MFB_WIDTH * MFB_FACTOR)
-        self.out = nn.Linear(MFB_WIDTH, width)
+        self.appearance = nn.Linear(width, inner * MFB_FACTOR)
+        self.motion = nn.Linear(width, inner * MFB_FACTOR)
+        self.out = nn.Linear(inner, width)
 
     def forward(self, appearance, motion):
         product = F.elu(self.appearance(appearance)) * F.elu(self.motion(motion))
-        return F.elu(self.out(product.unflatten(2, (MFB_WIDTH, MFB_FACTOR)).sum(3)))
+        return F.elu(self.out(product.unflatten(2, (-1, MFB_FACTOR)).sum(3)))
 
 
 class Readout(nn.Module):
     """Attention pooling over clips; it does not see the question.   (B, N, d) -> (B, d), weights (B, N)"""
 
-    def __init__(self, width):
+    def __init__(self, width, dropout=1.0):
         super().__init__()
+        self.drop = nn.Dropout(DROPOUT * dropout)
         self.project, self.score = nn.Linear(width, width, bias=False), nn.Linear(width, 1)
 
     def forward(self, x):
-        x = F.dropout(x, DROPOUT["input"], self.training)
+        x = self.drop(x)
         weights = self.score(F.elu(self.project(x)))[..., 0].softmax(1)
         return torch.einsum("bn,bnd->bd", weights, x), weights
 
@@ -209,14 +231,15 @@ class Readout(nn.Module):
 class AnswerDecoder(nn.Module):
     """Video and question to answer logits.   video, sentence (B, d) -> (B, A)"""
 
-    def __init__(self, width, answers):
+    def __init__(self, width, answers, dropout=1.0):
         super().__init__()
+        self.drop = nn.Dropout(DROPOUT * dropout)
         self.question = nn.Linear(width, width)
         self.hidden, self.norm, self.out = nn.Linear(2 * width, width), nn.BatchNorm1d(width), nn.Linear(width, answers)
 
     def forward(self, video, sentence):
-        x = F.dropout(torch.cat([video, self.question(sentence)], dim=1), DROPOUT["input"], self.training)
-        x = F.dropout(self.norm(F.elu(self.hidden(x))), DROPOUT["input"], self.training)
+        x = self.drop(torch.cat([video, self.question(sentence)], dim=1))
+        x = self.drop(self.norm(F.elu(self.hidden(x))))
         return self.out(x)
 
 
@@ -226,21 +249,25 @@ class DualVGR(nn.Module):
     vocabulary, answers  sizes including the two special entries of each
     features             width of appearance and motion features, equal
     streams              "both", "appearance" or "motion": a missing stream is fed zeros
+    graph                "gat" (the paper) or "attention", plain self-attention with the same punished values
+    mfb, dropout         width of the fusion (256 in the official code); factor on every dropout rate (1: the paper's)
     """
 
     def __init__(self, vocabulary, answers, features=2048, width=768, word_width=300, heads=4, cycles=2, punish=True,
-                 views="both", streams="both", share_common=False):
+                 views="both", streams="both", share_common=False, graph="gat", mfb=MFB_WIDTH, dropout=1.0):
         super().__init__()
         if cycles < 1 or width % (2 * heads):
             raise ValueError(f"cycles={cycles} must be at least 1 and width={width} a multiple of 2 x heads={heads}")
         self.streams = streams
-        self.question = QuestionEncoder(vocabulary, word_width, width)
+        self.drop, self.drop_last = nn.Dropout(DROPOUT * dropout), nn.Dropout(LAST_DROPOUT * dropout)
+        self.question = QuestionEncoder(vocabulary, word_width, width, dropout)
         self.appearance = BiLSTM(features, width)
         self.motion = nn.Linear(features, width)
-        self.units = nn.ModuleList(ReasoningUnit(word_width, width, heads, punish, views, share_common) for _ in range(cycles))
-        self.fusion = MFB(width)
-        self.readout = Readout(width)
-        self.decoder = AnswerDecoder(width, answers)
+        self.units = nn.ModuleList(ReasoningUnit(word_width, width, heads, punish, views, share_common, graph, dropout)
+                                   for _ in range(cycles))
+        self.fusion = MFB(width, mfb)
+        self.readout = Readout(width, dropout)
+        self.decoder = AnswerDecoder(width, answers, dropout)
         self.reset()
 
     def reset(self):
@@ -258,18 +285,24 @@ class DualVGR(nn.Module):
 
     def encode_appearance(self, frames):
         """Frames of each clip to one vector.   (B, N, F, features) -> X_A (B, N, d)"""
-        x = torch.tanh(F.dropout(frames, DROPOUT["input"], self.training)).flatten(0, 1)      # (B N, F, features)
-        return F.dropout(self.appearance(x)[1], DROPOUT["output"], self.training).unflatten(0, frames.shape[:2])
+        x = torch.tanh(self.drop(frames)).flatten(0, 1)                                       # (B N, F, features)
+        return self.drop_last(self.appearance(x)[1]).unflatten(0, frames.shape[:2])
 
-    def forward(self, tokens, lengths, appearance, motion):
-        """tokens (B, S) int, lengths (B,), appearance (B, N, F, features), motion (B, N, features) -> Output"""
+    def forward(self, tokens, lengths, appearance, motion, video=None, evidence=None):
+        """tokens (B, S) int, lengths (B,), appearance (V, N, F, features), motion (V, N, features) -> Output
+
+        video (B,) says which of the V videos a question is about, so that each is encoded once; None: one each.
+        evidence (B, N) stands in for every punishment score: what the model would do if it knew where to look.
+        """
         words, context, sentence = self.question(tokens, lengths)
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths.to(tokens.device)[:, None]
         streams = [self.encode_appearance(appearance * (self.streams != "motion")),
                    self.motion(motion * (self.streams != "appearance"))]
+        if video is not None:
+            streams = [x[video] for x in streams]
         cycles, losses = [], []
         for unit in self.units:
-            streams, commons, maps = unit(streams, words, context, mask)
+            streams, commons, maps = unit(streams, words, context, mask, evidence)
             cycles.append(maps)
             losses.append((consistency(commons[0][1], commons[1][1]),
                            sum(hsic(own, common) for own, common in commons).mean()))
@@ -277,6 +310,21 @@ class DualVGR(nn.Module):
         maps = [torch.stack(parts) for parts in zip(*cycles, strict=True)]
         com, dis = (torch.stack(parts).mean() for parts in zip(*losses, strict=True))
         return Output(self.decoder(video, sentence), com, dis, *maps, readout)
+
+
+class QuestionOnly(nn.Module):
+    """The rival that never looks: the same question encoder and decoder, and a video of zeros. Honest chance level."""
+
+    def __init__(self, vocabulary, answers, width=768, word_width=300, dropout=1.0):
+        super().__init__()
+        self.question = QuestionEncoder(vocabulary, word_width, width, dropout)
+        self.decoder = AnswerDecoder(width, answers, dropout)
+        DualVGR.reset(self)
+
+    def forward(self, tokens, lengths, *_, **__):
+        sentence = self.question(tokens, lengths)[2]
+        nothing = sentence.new_zeros(())
+        return Output(self.decoder(torch.zeros_like(sentence), sentence), nothing, nothing, *[None] * 5)
 
 
 # -- losses -------------------------------------------------------------------------------------------------------------
@@ -310,8 +358,7 @@ def official_names(cycles, heads):
             "appearance": "visual_appearance_input_unit.encoder"}
     for ours, theirs in rnns.items():
         for kind in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
-            for way in ("", "_reverse"):
-                names[f"{ours}.rnn.{kind}{way}"] = f"{theirs}.{kind}{way}"
+            names |= {f"{ours}.ahead.{kind}": f"{theirs}.{kind}", f"{ours}.back.{kind}": f"{theirs}.{kind}_reverse"}
     linear = {"motion": "visual_motion_input_unit", "fusion.appearance": "visual_input_unit.visualfusion.linear0",
               "fusion.motion": "visual_input_unit.visualfusion.linear1", "fusion.out": "visual_input_unit.visualfusion.linear_out",
               "readout.score": "feature_aggregation.attn", "decoder.question": "output_unit.question_proj",
