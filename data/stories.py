@@ -82,7 +82,30 @@ def builtin(split, size, seed, frames, looks):
 
     n = BUILTIN[split]
     return Stories("builtin", size, Lazy(n, lambda row: view([row])["sentences"][0]), range(n), draw,
-                   {"view": Lazy(n, lambda row: view([row]))})
+                   {"view": Lazy(n, lambda row: view([row])),
+                    "complete": Lazy(n, lambda row: complete(view([row]), row)[0])})
+
+
+def complete(view, way=0):
+    """Captions that tell a frame without the frames before it: who, doing what, where, in which place.
+
+    way   0, 1, 2, ...: by name and look, by name, or by look; then again, without saying where they stand
+    -> B lists of F sentences, such as "Pip the red star jumps on the left in the snow."
+    """
+    told = []
+    for b, frames in enumerate(view["character"].tolist()):
+        looks = [f"the {world.COLOUR[colour]} {world.SHAPES[shape]}" for shape, colour, _ in view["look"][b].tolist()]
+        called = [list(zip(world.NAMES, looks, strict=True)), [(name,) for name in world.NAMES], [(look,) for look in looks]]
+        story = []
+        for f, who in enumerate(frames):
+            pose, where = views.POSES[view["pose"][b, f]], views.WHERE[view["where"][b, f]]
+            place = world.PLACES[world.BACKGROUND[view["place"][b, f]]]
+            spot = " " + views.spot(where) if (way + f) // 3 % 2 == 0 and who[1] < 0 else ""
+            does = pose[:-1] if who[1] >= 0 else pose                          # stands -> stand
+            text = f"{' and '.join(' '.join(called[(way + f) % 3][n]) for n in who if n >= 0)} {does}{spot} in the {place}."
+            story.append(text[0].upper() + text[1:])
+        told.append(story)
+    return told
 
 
 # -- packs and CLEVR-SV --------------------------------------------------------------------------------------

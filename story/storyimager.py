@@ -195,81 +195,135 @@ class ContextExtractor(nn.Module):
 # -- diffusion ------------------------------------------------------------------------------------------------------------------
 
 
-def alpha_bars(steps=1000, start=0.00085, end=0.012):
-    """Stable Diffusion's "scaled linear" schedule: beta from start to end, linear in its root.   -> (steps,) float64"""
-    return (1 - torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()).cumprod(0)
+def alpha_bars(steps=1000, start=0.00085, end=0.012, zero=False):
+    """Stable Diffusion's "scaled linear" schedule: beta from start to end, linear in its root.   -> (steps,) float64
+
+    zero   stretch the roots so that the last step holds no signal (Lin et al. 2024, "Common diffusion noise schedules
+           and sample steps are flawed"). Pixels need it: the mean of a frame survives the published last step, and a
+           model that reads the background there cannot draw one from pure noise
+    """
+    root = (1 - torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()).cumprod(0).sqrt()
+    if zero:
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return root.square()
 
 
-def to_noise(output, z, alpha_bar, predict):
-    """The network's output as an estimate of the noise, whether it predicts noise or v = a eps - s z0."""
-    return output if predict == "noise" else alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * z
+def targets(z0, noise, alpha_bar, predict):
+    """What the network learns to say: the noise, v = a noise - s z0 (Salimans & Ho 2022), or the picture."""
+    v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * z0
+    return {"noise": noise, "v": v, "picture": z0}[predict]
 
 
-def ddim_step(z, noise, alpha_bar, alpha_bar_next, eta=0.0, fresh=None):
+def estimates(output, z, alpha_bar, predict, clip=False):
+    """The network's output as an estimate of the picture and of the noise in z.   -> z0, noise
+
+    clip   keep the picture in [-1, 1] (pixels only)
+    """
+    a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if predict == "noise":
+        z0 = (z - s * output) / a
+    else:
+        z0 = output if predict == "picture" else a * z - s * output
+    z0 = z0.clamp(-1, 1) if clip else z0
+    return z0, (output if predict == "noise" and not clip else (z - a * z0) / s)
+
+
+def ddim_step(z0, noise, alpha_bar, alpha_bar_next, eta=0.0, fresh=None):
     """One DDIM step towards less noise; eta = 1 with `fresh` noise is the ancestral sampler."""
-    z0 = (z - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
     sigma = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).clamp(min=0).sqrt()
     z = alpha_bar_next.sqrt() * z0 + (1 - alpha_bar_next - sigma**2).clamp(min=0).sqrt() * noise
     return z + sigma * fresh if eta else z
 
 
-def sampling_times(steps, total=1000):
-    """Leading spacing with offset 1, from noisy to clean, as Stable Diffusion's DDIM.   -> list of int"""
+def sampling_times(steps, total=1000, trailing=False):
+    """From noisy to clean. Leading spacing with offset 1, as Stable Diffusion's DDIM; trailing begins at the very last
+    step, which a schedule without signal at its end wants.   -> list of int"""
     if not 1 <= steps <= total:
         raise ValueError(f"{steps} sampling steps: choose 1 to {total}")
+    if trailing:
+        return [round(total - i * total / steps) - 1 for i in range(steps)]
     return [min(i * (total // steps) + 1, total - 1) for i in range(steps)][::-1]
 
 
 class StoryImager(nn.Module):
     """The storyboard model around a UNet and a Context-FE; the text encoder and the autoencoder stay outside, frozen.
 
-    independent=True folds the cells into the batch before the UNet: frames that never see each other (the rival)
+    zero, clip        the schedule ends without signal; pictures stay in [-1, 1] (both for pixels)
+    independent=True  folds the cells into the batch before anything else: frames that never see each other (the rival)
     """
 
-    def __init__(self, unet, extractor, board=Board(), predict="noise", independent=False):  # noqa: B008 (a tuple)
+    def __init__(self, unet, extractor, board=Board(), predict="noise", independent=False, zero=False, clip=False):  # noqa: B008
         super().__init__()
+        if predict not in ("noise", "v", "picture") or zero and predict == "noise":
+            raise ValueError(f"the network cannot predict {predict!r}: choose noise, v or picture, and not noise on a schedule "
+                             "whose last step holds nothing else")
         self.unet, self.extractor = unet, extractor
-        self.board, self.predict, self.independent = board, predict, independent
-        self.register_buffer("alpha_bar", alpha_bars().float(), persistent=False)
+        self.board, self.predict, self.independent, self.zero, self.clip = board, predict, independent, zero, clip
+        self.register_buffer("alpha_bar", alpha_bars(zero=zero).float(), persistent=False)
 
     def denoise(self, z, t, words, keep, mask):
         """Network output for noisy cells.   z (B, F, c, h, w), t (B,) -> (B, F, c, h, w)"""
+        if self.independent and z.shape[1] > 1:
+            alone = (x.flatten(0, 1)[:, None] for x in (z, words, keep, mask))
+            z_alone, *rest = alone
+            return self.denoise(z_alone, t.repeat_interleave(z.shape[1]), *rest).view_as(z)
+        board = self.board if z.shape[1] > 1 else Board(1, 1)
         prior, context = self.extractor(words, keep, mask)
-        z = z + prior
-        if self.independent:
-            story = Story(words.flatten(0, 1)[:, None], context.unflatten(1, (z.shape[1], -1)).flatten(0, 1), (1, 1))
-            return self.unet(z.flatten(0, 1), t.repeat_interleave(z.shape[1]), story).unflatten(0, z.shape[:2])
-        story = Story(words[:, self.board.frames()], context, (self.board.rows, self.board.cols))
-        return self.board.cut(self.unet(self.board.tile(z), t, story))
+        story = Story(words[:, board.frames()], context, (board.rows, board.cols))
+        return board.cut(self.unet(board.tile(z + prior), t, story))
 
-    def loss(self, z0, words, keep, mask, t, noise):
-        """Mean squared error on the cells to be drawn; given cells hold no noise and count for nothing.   -> scalar"""
+    def loss(self, z0, words, keep, mask, t, noise, cells=None):
+        """Mean squared error on the cells to be drawn; given cells hold no noise and count for nothing.   -> scalar
+
+        cells   how many cells to divide by, if not those of this mask: a shard divides by its part of the whole batch's
+        """
         a = self.alpha_bar[t].view(-1, 1, 1, 1, 1)
         m = mask[:, :, None, None, None]
         z = m * (a.sqrt() * z0 + (1 - a).sqrt() * noise) + (1 - m) * z0
-        target = noise if self.predict == "noise" else a.sqrt() * noise - (1 - a).sqrt() * z0
-        error = (self.denoise(z, t, words, keep, mask) - target).square() * m
-        return error.sum() / (m.sum() * z0[0, 0].numel())
+        error = (self.denoise(z, t, words, keep, mask) - targets(z0, noise, a, self.predict)).square() * m
+        return error.sum() / ((mask.sum() if cells is None else cells) * z0[0, 0].numel())
 
     @torch.no_grad()
-    def sample(self, z0, words, keep, mask, empty=None, steps=50, guidance=1.0, eta=0.0, generator=None):
+    def sample(self, z0, words, keep, mask, empty=None, steps=50, guidance=1.0, eta=0.0, generator=None, seen=None):
         """Draw the cells where mask = 1 around the given ones.   -> (B, F, c, h, w), given cells bit for bit as in z0
 
         empty  (words, keep) of empty captions, for classifier-free guidance: noise_u + guidance * (noise_c - noise_u)
+        seen   a list that collects the estimated pictures of every step
         """
         m = mask[:, :, None, None, None]
         draw = functools.partial(torch.randn, z0.shape, generator=generator, device=z0.device)
-        z, times = draw(), sampling_times(steps, len(self.alpha_bar))
+        z, times = draw(), sampling_times(steps, len(self.alpha_bar), self.zero)
         for i, time in enumerate(times):
             a = self.alpha_bar[time]
             a_next = self.alpha_bar[times[i + 1]] if i + 1 < len(times) else self.alpha_bar[0]
             z_in, t = torch.where(m > 0, z, z0), torch.full((len(z),), time, device=z.device)
-            noise = to_noise(self.denoise(z_in, t, words, keep, mask), z_in, a, self.predict)
+            out = self.denoise(z_in, t, words, keep, mask)
             if empty is not None and guidance != 1:
-                blank = to_noise(self.denoise(z_in, t, *empty, mask), z_in, a, self.predict)
-                noise = blank + guidance * (noise - blank)
-            z = ddim_step(z_in, noise, a, a_next, eta, draw() if eta else None)
-        return torch.where(m > 0, z, z0)
+                # Mixing outputs mixes their noise estimates: noise, v and picture are linear in each other at a given z.
+                out = torch.lerp(self.denoise(z_in, t, *empty, mask), out, guidance)
+            picture, noise = estimates(out, z_in, a, self.predict, self.clip)
+            z = ddim_step(picture, noise, a, a_next, eta, draw() if eta else None)
+            if seen is not None:
+                seen.append(torch.where(m > 0, picture, z0))
+        return torch.where(m > 0, picture if self.clip else z, z0)
+
+
+def past_only(z0, words, keep, empty, frame):
+    """What a frame-by-frame model sees when it draws `frame` (B,): frames and captions after it are blank.   -> z0, words, keep"""
+    later = torch.arange(z0.shape[1], device=z0.device) > frame[:, None]                    # (B, F)
+    return (z0.masked_fill(later[:, :, None, None, None], 0), torch.where(later[:, :, None, None], empty[0], words),
+            torch.where(later[:, :, None], empty[1], keep))
+
+
+def sample_in_order(story, z0, words, keep, mask, empty, **settings):
+    """The autoregressive rival: one frame after the other, each from what came before it; F samplings instead of one."""
+    for f in range(z0.shape[1]):
+        now = mask * (torch.arange(z0.shape[1], device=z0.device) == f)
+        if now.any():
+            seen = past_only(z0, words, keep, empty, torch.full((len(z0),), f, device=z0.device))
+            drawn = story.sample(*seen, now, empty, **settings)
+            z0 = torch.where(now[:, :, None, None, None] > 0, drawn, z0)
+    return z0
 
 
 def tuned_unet(rank=16, alpha=16, mode="both", out="shared", lora_self=True, **sizes):

@@ -16,11 +16,12 @@ from story.storyimager import (
     alpha_bars,
     ddim_step,
     draw_masks,
+    estimates,
     freeze_base,
     load_base,
     masks_of,
     sampling_times,
-    to_noise,
+    targets,
     tuned_unet,
 )
 from story.unet import UNet, sinusoid
@@ -205,10 +206,12 @@ def test_ddim_recovers_the_picture_from_the_true_noise():
     z0, noise, a = torch.randn(2, 3).double(), torch.randn(2, 3).double(), alpha_bars()
     z = a[999].sqrt() * z0 + (1 - a[999]).sqrt() * noise
     for t in range(999, 0, -1):
-        z = ddim_step(z, noise, a[t], a[t - 1])
+        z = ddim_step((z - (1 - a[t]).sqrt() * noise) / a[t].sqrt(), noise, a[t], a[t - 1])
     torch.testing.assert_close(z, a[0].sqrt() * z0 + (1 - a[0]).sqrt() * noise, rtol=1e-8, atol=1e-8)
-    v = a[500].sqrt() * noise - (1 - a[500]).sqrt() * z0
-    torch.testing.assert_close(to_noise(v, a[500].sqrt() * z0 + (1 - a[500]).sqrt() * noise, a[500], "v"), noise)
+    z = a[500].sqrt() * z0 + (1 - a[500]).sqrt() * noise
+    for predict in ("noise", "v", "picture"):
+        for found, true in zip(estimates(targets(z0, noise, a[500], predict), z, a[500], predict), (z0, noise), strict=True):
+            torch.testing.assert_close(found, true)
 
 
 def test_given_frames_come_back_untouched():
