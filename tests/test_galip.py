@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import kernels
 from data.clip import CLIP, ImageTower, TextTower, freeze
 from gan.model import (
     Critic,
@@ -245,7 +246,7 @@ def test_the_penalty_is_the_gradient_it_names():
             bump = bump.view_as(x)
             pair = [(critic.score(taps + s * bump, text) if x is taps else critic.score(taps, text + s * bump)).sum() for s in (1, -1)]
             steps += ((pair[0] - pair[1]) / (2 * h)).detach() ** 2
-    assert float(one) == pytest.approx(float(steps) / 2, rel=1e-4)
+    assert one.item() == pytest.approx(steps.item() / 2, rel=1e-4)
     printed = gradient_penalty(critic.score(taps, text), taps, text, form="paper")
     assert printed >= gradient_penalty(critic.score(taps, text), taps, text)
     printed.backward()
@@ -265,6 +266,20 @@ def test_the_plain_rival_reads_any_size(size):
     image, text = torch.randn(2, 3, size, size, requires_grad=True), torch.randn(2, E, requires_grad=True)
     score = critic.score(image, text)
     assert score.shape == (2,) and gradient_penalty(score, image, text).isfinite()
+
+
+def test_the_fusion_kernel_gives_the_reference_picture_and_gradients(device):
+    torch.manual_seed(0)
+    clip, model = tiny_clip().to(device), stirred(Generator(W, GRID, PATCH, E, Z, 2, (2, 2, 1), (1, 2), widest=1)).to(device)
+    noise, text, seen = torch.randn(1, Z, device=device), torch.randn(1, E, device=device), []
+    for path in ("reference", "triton"):
+        model.zero_grad()
+        with kernels.use(path):
+            picture = model(noise, text, clip)
+            picture.square().mean().backward()
+        seen.append([picture.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*seen, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max() + 1))
 
 
 @pytest.mark.parametrize("size", [16, 14])

@@ -1,0 +1,88 @@
+"""How long a picture takes: this folder's generator beside the same modules in the order of the official code.
+
+    python -m gan.bench                     # the built-in sizes at 64 px and the published ones at 224 px, batch 1 and 16
+    python -m gan.bench --sizes=builtin --batches=1,4
+
+Both run in one process on the same random weights and the same device; the best of `repeats` counts. "Official order"
+resizes before the first fusion block and the shortcut, convolves the enlarged map, and fuses by plain PyTorch.
+"""
+import contextlib
+import sys
+import time
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch.nn import functional as F
+
+import kernels
+from data.clip import CLIP, freeze
+from data.options import parse, show_help
+from data.towers import ImageTower, TextTower
+from gan import model
+from gan.task import Config, networks, paper
+
+
+@dataclass
+class Options:
+    """Milliseconds a picture of GALIP's generator, random weights."""
+
+    sizes: str = "builtin,paper"     # builtin: 64 px, the Config's defaults; paper: 224 px, --paper=coco
+    batches: tuple = (1, 16)         # pictures at once
+    repeats: int = 3                 # of each measurement; the best counts
+    device: str = "cpu"              # cpu or cuda
+
+
+CLIPS = {"builtin": lambda: CLIP(ImageTower(64, 4, 4, 8, 8, 64), TextTower(64, 2, 4, 40, 160, 64)),
+         "paper": lambda: CLIP(ImageTower(768, 12, 12, 32, 7, 512), TextTower(512, 1, 8, 77, 1000, 512))}   # its text is not used
+
+
+def official_order(block, condition, x):
+    """GBlock.forward as the official code has it: resize first, then fuse and convolve on all pixels."""
+    u = F.interpolate(x, size=block.size)
+    return block.shortcut(u) + block.conv2(block.fuse2(condition, block.conv1(block.fuse1(condition, u))))
+
+
+@torch.no_grad()
+def milliseconds(generator, clip, batch, repeats, device):
+    """Of one picture in a batch of this size, best of `repeats` after one to warm up."""
+    noise, told, best = torch.randn(batch, generator.noise, device=device), torch.randn(batch, clip.embed, device=device), float("inf")
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        generator(noise, told, clip)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 1000 * best / batch
+
+
+def main(argv):
+    if "--help" in argv:
+        return show_help("python -m gan.bench", Options)
+    options = Options(**parse(argv, Options, command="python -m gan.bench"))
+    device = torch.device(options.device)
+    print(f"{options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32; ms a picture\n")
+    print("| sizes | batch | official order | this folder | ratio |\n| --- | --- | --- | --- | --- |")
+    for sizes in options.sizes.split(","):
+        if sizes not in CLIPS:
+            raise ValueError(f"--sizes={sizes} is unknown; there are {', '.join(CLIPS)}")
+        clip = freeze(CLIPS[sizes]()).to(device)
+        generator = networks(Config(**(paper("coco") if sizes == "paper" else {})), clip)[0].to(device)
+        for batch in options.batches:
+            took = []
+            for official in (True, False):
+                with contextlib.ExitStack() as stack:
+                    if official:
+                        stack.enter_context(mock.patch.object(model.GBlock, "forward", official_order))
+                        stack.enter_context(kernels.use("reference"))
+                    if device.type == "cpu":
+                        generator.to(memory_format=torch.contiguous_format if official else torch.channels_last)
+                    took.append(milliseconds(generator, clip, batch, options.repeats, device))
+            print(f"| {sizes}, {clip.size} px | {batch} | {took[0]:.1f} | {took[1]:.1f} | {took[0] / took[1]:.2f} |")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
