@@ -92,10 +92,9 @@ class Task:
     published = {"full": {"Recall@20 on Baby": 0.0964}, "LightGCN": {"Recall@20 on Baby": 0.0754},
                  "VBPR": {"Recall@20 on Baby": 0.0663}}     # Table 2 of the paper; its ablation numbers are UNVERIFIED
 
-    def __init__(self, cfg, device):
+    def __init__(self, cfg, device, data=None):
         self.cfg, self.device = cfg, device
-        wanted = [] if cfg.modalities == ("none",) else list(cfg.modalities) or None
-        self.data = data = load(cfg.data, cfg.root, cfg.data_seed, wanted, cfg.repair)
+        self.data = data = data or self.read_data()          # given: rivals of a run share what it has read
         self.train = data.train.to(device)                   # (E, 2) the only clicks any graph, table or negative sees
         self.seen = mgcn.user_item_graph(self.train, data.users, data.items).R
         features = {m: x.to(device) for m, x in data.features.items()}
@@ -103,7 +102,7 @@ class Task:
             self.model = baselines.Counted(MODELS[cfg.model](self.train, data.users, data.items))
             self.saved = {"model": self.model}
         else:
-            self.model = MODELS[cfg.model](cfg, data.users, data.items, self.train, features).to(device)
+            self.model = self.build(features).to(device)
             learnt = [p for p in self.model.parameters() if p.requires_grad]
             self.optimiser = torch.optim.Adam(learnt, lr=cfg.lr, fused=True)     # dense Adam in one pass over memory
             self.saved = {"model": self.model, "optimiser": self.optimiser}
@@ -111,6 +110,14 @@ class Task:
         self.chance = ranking_chance(users=data.test[:, 0], items=data.items, seen=clicked)
         self.next = f"python -m gcn.recommend --user {int(data.test[len(data.test) // 2, 0])} --top 10 --why"
         self.cost = {"steps": 0, "step_s": 0.0, "step_cpu_s": 0.0, "evaluations": 0, "eval_s": 0.0, "eval_cpu_s": 0.0}
+
+    def read_data(self):
+        cfg = self.cfg
+        wanted = [] if cfg.modalities == ("none",) else list(cfg.modalities) or None
+        return load(cfg.data, cfg.root, cfg.data_seed, wanted, cfg.repair)
+
+    def build(self, features):
+        return MODELS[self.cfg.model](self.cfg, self.data.users, self.data.items, self.train, features)
 
     def batches(self, seed, start, stop):
         """Users, positives, negatives of global batch t, each (B,); every rank draws the same."""
@@ -132,6 +139,7 @@ class Task:
         epoch = step * cfg.batch // len(self.data.train)
         for group in self.optimiser.param_groups:
             group["lr"] = cfg.lr * 0.96 ** (epoch / 50)
+        self.model.train()
         mine = parallel.shard(range(cfg.batch))
         # Under --amp the tables stay float32: their rows are what is ranked, and gathering them is not the cost.
         with torch.autocast(self.device.type, enabled=False):
@@ -150,6 +158,7 @@ class Task:
     def evaluate(self, split):
         """Full ranking over all items, training items left out, validation items not (the paper's protocol)."""
         began = time.perf_counter(), time.process_time()
+        self.model.eval()                                    # dropout of an adapter (gcn/befa.py)
         scores = ranking(self.ranks(split).cpu(), getattr(self.data, split)[:, 0])
         self.count("eval", began)
         return scores
@@ -242,15 +251,17 @@ class Task:
         """Test metrics of popularity, and of LightGCN on the same batches for as many steps, chosen on validation too."""
         if self.cfg.model in COUNTED or self.cfg.model == "lightgcn" or parallel.world() > 1:
             return {}
-        counted = Task(dataclasses.replace(self.cfg, model="popularity"), self.device).evaluate("test")
-        return {"popularity": counted, "LightGCN": train_quietly(dataclasses.replace(self.cfg, model="lightgcn"), self.device)}
+        counted = Task(dataclasses.replace(self.cfg, model="popularity"), self.device, self.data)
+        behaviour = train_quietly(dataclasses.replace(self.cfg, model="lightgcn"), self.device, Task, self.data)
+        return {"popularity": counted.evaluate("test"), "LightGCN": behaviour.evaluate("test")}
 
 
-def train_quietly(cfg, device):
-    """Train without files or a bar; test metrics at the best validation step, patience as in train.py.   -> metrics"""
+def train_quietly(cfg, device, make=Task, data=None):
+    """Train without files or a bar, exactly as train.py would.   -> the task at its best validation step"""
     torch.manual_seed(seed_from(cfg.seed))
-    task, best, stale, state = Task(cfg, device), -1.0, 0, {}
+    task, best, stale, state = make(cfg, device, data), -1.0, 0, {}
     for step, batch in enumerate(task.batches(cfg.seed, 0, cfg.steps), 1):
+        torch.manual_seed(seed_from(cfg.seed, step - 1))
         task.update(batch, step - 1)
         if step % cfg.eval_every == 0 or step == cfg.steps:
             score, stale = task.evaluate("valid")[Task.headline], stale + 1
@@ -260,4 +271,4 @@ def train_quietly(cfg, device):
             if 0 < cfg.patience <= stale:
                 break
     task.model.load_state_dict(state)
-    return task.evaluate("test")
+    return task

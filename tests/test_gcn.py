@@ -411,7 +411,7 @@ def test_item_knn_scores_are_sums_of_cosines():
 def test_planted_taste_is_found():
     """Chance 0.034, popularity 0.082; 100 steps reached 0.246 at seed 0."""
     cfg = Config(steps=100, eval_every=50)
-    assert train_quietly(cfg, CPU)["Recall@20"] > 0.18
+    assert train_quietly(cfg, CPU).evaluate("test")["Recall@20"] > 0.18
 
 
 def test_a_run_leaves_pictures_and_rankings(tmp_path, capsys):

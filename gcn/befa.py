@@ -1,0 +1,249 @@
+"""BeFA: A General Behavior-driven Feature Adapter for Multimedia Recommendation (Fan, Yu, Tan, Bao, Lu; AAAI 2025).
+
+A pre-trained encoder describes the whole picture, and users react to a part of it. Two failures have names: a feature
+drifts to what nobody buys for (information drift), or misses what people do buy for (information omission). The adapter
+sits between a recommender's projection of content and the rest, and lets behaviour decide what of it goes on:
+
+    decouple   P_m = X_m W_m + b_m                            the host's own projection
+    rebuild    g   = sigmoid(MLP(P_m))                        a mask over the D dimensions of behaviour
+    filter     Z_m = E_i * g                                  what the host receives in place of its own content
+
+`Adapter` is the released form; --adapter=compact is the form printed in the paper (both: Sec. "adapter"; the PDF was not
+at hand, its equation numbers and the compact form's last line are UNVERIFIED). Below it the hosts that can wear it.
+What the adapter changes in the features is measured in attribution.py.
+"""
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data.safe import read_arrays
+from data.weights import check_names, read_state
+from gcn.mgcn import MGCN, user_item_graph
+from kernels.graph import mix_hops
+
+ADAPTERS = ("befa", "compact", "linear", "none", "host")
+JOINS = ("product", "sum", "content")
+
+
+class Adapter(nn.Module):
+    """Content and behaviour of an item -> the content vector a host goes on with.   (.., D), (.., D) -> (.., D)
+
+    cfg   adapter   befa: mask from a deep network.   linear: from one layer, MGCN's purifier.   compact: see `forward`
+          width     t: hidden layers have t D units;   depth: linear layers in all (released: 3; 1 is `linear`)
+          dropout, tanh, join   product: E * g (released).   sum: E + g.   content: P * g, the mask on content itself
+    Neither form sees E inside the network: behaviour enters by the product, and through its gradient.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        D, hidden = cfg.dim, cfg.width * cfg.dim
+        depth = 1 if cfg.adapter in ("linear", "compact") else cfg.depth
+        layers = []
+        for n in range(depth - 1):
+            # Official code: tanh comes after ReLU and dropout, so it only squeezes [0, inf) into [0, 1), and only once.
+            squeeze = [nn.Tanh()] if cfg.tanh and n == 0 else []
+            layers += [nn.Linear(hidden if n else D, hidden), nn.ReLU(), nn.Dropout(cfg.dropout), *squeeze]
+        self.mask = nn.Sequential(*layers, nn.Linear(hidden if layers else D, D), nn.Sigmoid())
+        self.join = "product" if cfg.adapter == "compact" else cfg.join
+        if cfg.adapter == "compact":
+            self.rebuild = nn.Sequential(nn.Linear(D, D), nn.Tanh())
+
+    def forward(self, content, behaviour):
+        """g = mask(P), Z = E * g.   Paper: x'' = e * sigmoid(W2 x' + b2), then "rebuilt": Z = tanh(W3 x'' + b3), UNVERIFIED."""
+        g = self.mask(content)
+        z = behaviour * g if self.join == "product" else behaviour + g if self.join == "sum" else content * g
+        return self.rebuild(z) if hasattr(self, "rebuild") else z
+
+
+def content_vector(model, m, features, behaviour):
+    """What a host goes on with for modality m: its own step, or the adapter's.   (.., d_m), (.., D) -> (.., D)
+
+    The same function serves training (all items) and attribution (one place of a picture, one word of a title).
+    """
+    projected = model.project[m](features)
+    if m not in model.adapters:
+        return own_step(model, m, projected, behaviour)
+    z, weight = model.adapters[m](projected, behaviour), model.cfg.adapter_weight
+    return z if weight == 1 else torch.lerp(own_step(model, m, projected, behaviour), z, weight)
+
+
+def own_step(model, m, projected, behaviour):
+    """The host without BeFA: MGCN's purifier, the released host's E * P, or the projection as it is.   -> (.., D)"""
+    if hasattr(model, "gate"):
+        return behaviour * torch.sigmoid(model.gate[m](projected))
+    # Official code: taking the network out of the released host leaves the product with the bare projection.
+    return behaviour * projected if model.cfg.host == "lattice" and model.cfg.adapter != "none" else projected
+
+
+def adapters(cfg, features):
+    """One adapter for each adapted modality; none where the host keeps its own step.   -> ModuleDict
+
+    raises ValueError for a host without content, or a modality that is not there
+    """
+    if not features:
+        raise ValueError("befa adapts content features, and --modalities=none leaves none; name at least one, or train "
+                         "the host alone with python train.py lightgcn")
+    for m in cfg.adapt:
+        if m not in features:
+            raise ValueError(f"--adapt={m}: there is no such modality; there are {', '.join(features)}")
+    chosen = () if cfg.adapter in ("host", "none") else cfg.adapt or tuple(features)
+    return nn.ModuleDict({m: Adapter(cfg) for m in chosen})
+
+
+# ---- hosts -------------------------------------------------------------------------------------------------------------
+
+
+class GraphHost(MGCN):
+    """MGCN (host=mgcn), or the released host (host=lattice), with adapters in the purifier's place.
+
+    Official code: called LATTICE, but it learns no item graph: it is MGCN's skeleton with a mean for the fuser and without
+    the contrastive loss. Followed. The LATTICE of the literature (Zhang et al., MM 2021) is another model and not here.
+    """
+
+    def __init__(self, cfg, users, items, train, features):
+        lattice = {"fuser": "mean", "cl": False, "purify": False} if cfg.host == "lattice" else {}
+        super().__init__(dataclasses.replace(cfg, **{"purify": cfg.adapter != "none"} | lattice), users, items, train, features)
+        self.adapters = adapters(cfg, features)               # drawn last: both halves of a pair start from one state
+        if cfg.adapter_weight == 1 and len(self.adapters) == len(features) and hasattr(self, "gate"):
+            del self.gate
+
+    def purify(self, m):
+        return content_vector(self, m, self.features[m], self.item.weight)
+
+
+class PlainHost(nn.Module):
+    """Hosts without item graphs.   host=vbpr: score = gamma_u . gamma_i + sum_m theta_um . Z_im, content side by side.
+    host=lightgcn: items start from E_i + mean_m Z_im, so content walks the click graph together with behaviour.
+
+    VBPR's behaviour vector is gamma_i. Unlike gcn.baselines.VBPR each modality has a projection and a user factor of its
+    own, with and without adapters, so that the two halves of a pair differ in the adapter alone.
+    """
+
+    def __init__(self, cfg, users, items, train, features):
+        super().__init__()
+        self.cfg, self.users, self.items, self.modalities = cfg, users, items, tuple(features)
+        self.train_edges, self.ui = train, user_item_graph(train, users, items)
+        self.user = nn.Embedding(users, cfg.dim * (1 + len(features) if cfg.host == "vbpr" else 1))
+        self.item = nn.Embedding(items, cfg.dim)
+        for table in (self.user, self.item):
+            nn.init.xavier_uniform_(table.weight)
+        self.project = nn.ModuleDict({m: nn.Linear(x.shape[1], cfg.dim) for m, x in features.items()})
+        self.features = nn.ParameterDict({m: nn.Parameter(x.clone(), cfg.train_features) for m, x in features.items()})
+        self.adapters = adapters(cfg, features)
+
+    def purify(self, m):
+        return content_vector(self, m, self.features[m], self.item.weight)
+
+    def forward(self):
+        content = [self.purify(m) for m in self.modalities]                     # M x (I, D)
+        if self.cfg.host == "vbpr":
+            return self.user.weight, torch.cat([self.item.weight, *content], 1)
+        nodes = torch.cat([self.user.weight, self.item.weight + sum(content) / len(content)])
+        layers = self.cfg.ui_layers + 1
+        return mix_hops(self.ui, nodes, [1 / layers] * layers).split([self.users, self.items])
+
+
+HOSTS = {"mgcn": GraphHost, "lattice": GraphHost, "vbpr": PlainHost, "lightgcn": PlainHost}
+
+
+def build(cfg, users, items, train, features):
+    """The host that cfg names, wearing the adapter that cfg names."""
+    return HOSTS[cfg.host](cfg, users, items, train, features)
+
+
+def check_switches(cfg):
+    """raises ValueError for an unknown word or an impossible size"""
+    for name, value, known in (("adapter", cfg.adapter, ADAPTERS), ("join", cfg.join, JOINS), ("host", cfg.host, tuple(HOSTS))):
+        if value not in known:
+            raise ValueError(f"--{name}={value} is unknown; choose {', '.join(known)}")
+    if cfg.depth < 1 or cfg.width < 1 or not 0 <= cfg.dropout < 1:
+        raise ValueError(f"--depth={cfg.depth} --width={cfg.width} --dropout={cfg.dropout}: an adapter has at least one layer, "
+                         "one D wide, and drops less than all")
+
+
+# ---- the authors' weights ------------------------------------------------------------------------------------------------
+
+LETTERS = {"image": "v", "text": "t"}                        # modality -> the letter in the authors' names
+LAYERS = (0, 4, 7)                                           # Linear layers of the released Sequential, and of `mask`
+UNUSED = {"query_common.0.weight": (64, 64), "query_common.0.bias": (64,), "query_common.2.weight": (1, 64)}
+
+
+def from_official(state):
+    """State dict of the released LATTICE_BeFA -> state dict of GraphHost(host=lattice, adapter=befa).
+
+    width is the first layer's rows / 64. Its unused query_common is dropped; graphs are rebuilt from the data.
+    raises ValueError that lists missing, unknown and misshapen entries by name
+    """
+    def size(name, axis):                                     # 0 where the entry is missing or has too few axes
+        return state[name].shape[axis] if name in state and state[name].dim() == 2 else 0
+
+    users, items, D = size("user_embedding.weight", 0), size("item_id_embedding.weight", 0), size("user_embedding.weight", 1)
+    names = {"user_embedding.weight": ("user.weight", (users, D)), "item_id_embedding.weight": ("item.weight", (items, D))}
+    for m, letter in LETTERS.items():
+        width, hidden = size(f"{m}_embedding.weight", 1), size(f"BeFA_{letter}.0.weight", 0)
+        names[f"{m}_embedding.weight"] = f"features.{m}", (items, width)
+        names[f"{m}_trs.weight"], names[f"{m}_trs.bias"] = (f"project.{m}.weight", (D, width)), (f"project.{m}.bias", (D,))
+        for n, (rows, columns) in zip(LAYERS, ((hidden, D), (hidden, hidden), (D, hidden)), strict=True):
+            ours = f"adapters.{m}.mask.{n}"
+            names[f"BeFA_{letter}.{n}.weight"] = f"{ours}.weight", (rows, columns)
+            names[f"BeFA_{letter}.{n}.bias"] = f"{ours}.bias", (rows,)
+    expected = {theirs: shape for theirs, (_, shape) in names.items()}
+    check_names(expected | {k: v for k, v in UNUSED.items() if k in state}, state, "the released BeFA state dict")
+    return {ours: state[theirs] for theirs, (ours, _) in names.items()}
+
+
+class Exported(nn.Module):
+    """What the released code exports for attribution: the ID table, and projection and gate of both modalities.
+
+    No users and no graph, so nothing can be recommended, but `content_vector` and attribution.py work on it.
+    folder  gate_v_*.pt, gate_t_*.pt, image_trs_*.pt, text_trs_*.pt (state dicts of single modules) and
+            item_id_embedding_*.npy; a gate of one layer is MGCN's, one of three is BeFA's
+    raises  FileNotFoundError, ValueError
+    """
+
+    def __init__(self, folder):
+        super().__init__()
+        def one(pattern):
+            found = sorted(Path(folder).glob(pattern))
+            if len(found) != 1:
+                raise FileNotFoundError(f"{folder} holds {len(found)} files {pattern}; the released export has one of each of "
+                                        "gate_v_*.pt, gate_t_*.pt, image_trs_*.pt, text_trs_*.pt, item_id_embedding_*.npy")
+            return found[0]
+
+        table = torch.from_numpy(read_arrays(one("item_id_embedding_*.npy"))).float()
+        self.item = nn.Embedding.from_pretrained(table)
+        self.project, gates, self.modalities = nn.ModuleDict(), {}, tuple(LETTERS)
+        for m, letter in LETTERS.items():
+            file = one(f"{m}_trs_*.pt")
+            state = read_state(file)[0]
+            check_names({"weight": (table.shape[1], state["weight"].shape[-1] if "weight" in state else 0),
+                         "bias": (table.shape[1],)}, state, file)
+            self.project[m] = nn.Linear(state["weight"].shape[1], table.shape[1])
+            self.project[m].load_state_dict(state)
+            gates[m] = one(f"gate_{letter}_*.pt")
+        states = {m: read_state(file)[0] for m, file in gates.items()}
+        deep = "7.weight" in states["image"]
+        hidden = len(states["image"]["0.weight"]) if deep and "0.weight" in states["image"] else table.shape[1]
+        self.cfg = ExportedConfig(table.shape[1], "befa" if deep else "linear", hidden // table.shape[1])
+        self.adapters = nn.ModuleDict({m: Adapter(self.cfg) for m in gates})
+        for m, state in states.items():
+            check_names({n: tuple(x.shape) for n, x in self.adapters[m].mask.state_dict().items()}, state, gates[m])
+            self.adapters[m].mask.load_state_dict(state)
+        self.requires_grad_(False).eval()
+
+
+@dataclasses.dataclass
+class ExportedConfig:
+    """What an Adapter and `content_vector` ask of a configuration."""
+
+    dim: int
+    adapter: str
+    width: int
+    depth: int = 3
+    dropout: float = 0.0
+    tanh: bool = True
+    join: str = "product"
+    adapter_weight: float = 1.0
+    host: str = "lattice"
