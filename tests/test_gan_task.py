@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import train
-from data import world
+from data import parallel, world
 from data.clip import CLIP, ImageTower, TextTower, official_names
 from data.text import MERGES
 from data.weights import load_checkpoint, write_safetensors
@@ -111,6 +111,24 @@ def test_every_row_of_the_ablation_takes_a_step(row):
     losses = task.update(next(iter(task.batches(0, 0, 1))), 0)
     assert all(v.isfinite() for v in losses.values())
     assert (losses["clip"] == 0) == (row in ("w/o CLIP loss", "DF-GAN")) and (losses["penalty"] == 0) == (row == "w/o penalty")
+
+
+def test_the_gradients_of_two_ranks_average_to_those_of_one_process(monkeypatch):
+    task = tiny(lr_g=0.0, lr_d=0.0)
+
+    def gradients():
+        torch.manual_seed(7)
+        task.update(next(iter(task.batches(0, 5, 6))), 5)
+        return [p.grad.clone() for net in (task.critic, task.generator) for p in net.parameters() if p.grad is not None]
+
+    alone, ranks = gradients(), []
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    monkeypatch.setattr(parallel, "average_", lambda tensors: None)
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        ranks.append(gradients())
+    for whole, a, b in zip(alone, *ranks, strict=True):
+        torch.testing.assert_close((a + b) / 2, whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()) + 1e-8)
 
 
 def test_batches_depend_on_seed_and_step_alone_and_full_captions_come_first():
