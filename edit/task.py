@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from data import clip, edits, parallel, views
 from data.batches import batch_rows
-from data.metrics import frechet_distance, l1_outside, ssim
+from data.metrics import frechet_distance, l1_outside, roc_auc, ssim
+from data.pictures import curves, panels
 from data.reader import agree, reader
 from data.text import BytePairs, Vocabulary, read_merges, words_of
 from edit.model import Critic, Generator, SentenceLSTM
+from kernels.attribution import show
 
 JUDGED = 300                            # edits of the validation split that are looked at; twice as many of test
 
@@ -35,7 +37,7 @@ class Config:
     eval_every: int = 400           # steps between evaluations
     batch: int = 16                 # pictures edited in a step, B (the paper: 32)
     size: int = 64                  # pixels of a side: 4 x a power of two (the paper: 256)
-    base: int = 12                  # channels of the editor at full size, n (the paper: 32)
+    base: int = 8                   # channels of the editor at full size, n (the paper: 32)
     critic_base: int = 24           # channels of the critic after its first halving (the paper: n)
     code_width: int = 64            # width of the vectors in Comp-Pred; its code t is four times as wide (256)
     kernels: int = 8                # kernels of a dynamic convolution
@@ -84,7 +86,7 @@ class Sentences(torch.nn.Module):
 
     def __init__(self, cfg, captions, device):
         super().__init__()
-        self.device, self.table = device, {}
+        self.device, self.table, self.named = device, {}, bool(cfg.clip)
         recurrent = cfg.text == "lstm" or cfg.text == "auto" and cfg.data != "builtin" and not cfg.clip
         self.clip = None
         if cfg.clip or not recurrent or cfg.data == "builtin":
@@ -119,6 +121,18 @@ class Sentences(torch.nn.Module):
         """CLIP's cosine of pictures and sentences, differentiable in the pictures.   -> (B,)"""
         embedding = self.clip[0].encode_image(clip.standard(pictures, self.clip[0].size))[1]
         return F.cosine_similarity(embedding, self.by_clip(texts))
+
+
+def open_editor(cfg, device, train=None):
+    """Text encoder and editor, untrained. A learnt encoder takes its words from the training set (opened if not given)."""
+    def words():                                             # drawn only if they are needed
+        data = train or edits.load(cfg.data, cfg.root, "train", cfg.size)
+        for row in range(min(len(data), 4096 if cfg.data == "builtin" else 2**20)):
+            yield from (text for pair in data.said([row]) for texts in pair for text in texts)
+
+    read = Sentences(cfg, words(), device).to(device)
+    return read, Generator(cfg.size, read.width, cfg.base, cfg.code_width, cfg.kernels, cfg.composition, cfg.dynamic,
+                           cfg.semantic).to(device)
 
 
 # -- losses -------------------------------------------------------------------------------------------------------------
@@ -156,12 +170,7 @@ class Task:
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, device
         self.data = {split: edits.load(cfg.data, cfg.root, split, cfg.size) for split in ("train", "valid", "test")}
-        train = self.data["train"]
-        rows = range(min(len(train), 4096 if cfg.data == "builtin" else 2**20))
-        words = (text for row in rows for pair in train.said([row]) for texts in pair for text in texts)
-        self.read = Sentences(cfg, words, device).to(device)                       # words are drawn only if they are needed
-        self.editor = Generator(cfg.size, self.read.width, cfg.base, cfg.code_width, cfg.kernels, cfg.composition,
-                                cfg.dynamic, cfg.semantic).to(device)
+        self.read, self.editor = open_editor(cfg, device, self.data["train"])
         self.critic = Critic(cfg.size, self.read.width, cfg.critic_base).to(device)
         self.mean = copy.deepcopy(self.editor).requires_grad_(False).eval()        # what is judged, saved and used
         self.optimiser = torch.optim.Adam(self.editor.parameters(), cfg.lr, (0.0, 0.9))
@@ -213,7 +222,8 @@ class Task:
         self.critic.requires_grad_(False)
         terms = {"fool": -self.critic(edited, asked).mean(), "keep": cfg.keep * (edited - source).abs().mean()}
         if cfg.own:
-            terms["own"] = cfg.own * (self.editor.edit(encoded, own) - source).abs().mean()
+            half = encoded[0][::2], [x[::2] for x in encoded[1]], [x[::2] for x in encoded[2]]       # enough, and cheaper
+            terms["own"] = cfg.own * (self.editor.edit(half, own[::2]) - source[::2]).abs().mean()
         if cfg.similar and self.read.clip:
             terms["similar"] = -cfg.similar * self.read.agreement(edited, said[0][1]).mean()
         if cfg.oracle:
@@ -229,9 +239,6 @@ class Task:
             ours.lerp_(theirs, 1 - self.cfg.average)
         for ours, theirs in zip(self.mean.buffers(), self.editor.buffers(), strict=True):
             ours.copy_(theirs)
-
-    def sample(self, folder):
-        pass
 
     # -- judging ---------------------------------------------------------------------------------------------------------
 
@@ -261,6 +268,43 @@ class Task:
             part["edited"] = editor(part)
             parts.append(measure(part, data, rows, self) | {"kind": [data.kinds[row] for row in rows]})
         return summarise(parts, self)
+
+    # -- what a person looks at -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, folder):
+        """edits.png: held-out edits, three of each kind. weights.png: how the manipulations are composed, by kind."""
+        data, shown = self.data["test"], []
+        kinds = [data.kinds[row] for row in range(min(len(data), 2 * JUDGED))]
+        for kind in dict.fromkeys(sorted(kinds, key=views.EDITS.index if self.known else None)):
+            shown += [row for row, k in enumerate(kinds) if k == kind][: 3 if self.known else 9]
+        source, asked = data.source(shown), data.said(shown)[0][1]
+        edited = self.edit(source, asked).cpu()
+        columns = [(source, asked), (edited, ["edited"] * len(shown)),
+                   (show((edited - source).abs().mean(1), source, 0.7, "max")[1], ["where it changed"] * len(shown))]
+        if data.target:
+            columns.insert(2, (data.target(shown), ["known result"] * len(shown)))
+        cells = [[(pictures[i], texts[i]) for pictures, texts in columns] for i in range(len(shown))]
+        per_row = max(1, 12 // len(columns))
+        panels(folder / "edits.png", [sum(cells[i : i + per_row], []) for i in range(0, len(cells), per_row)], size=72)
+        self.draw_weights(folder / "weights.png", kinds)
+
+    def draw_weights(self, path, kinds):
+        """Mean w of each DEBlock for each kind of edit, and how well w alone tells attribute edits from shape edits."""
+        data, rows = self.data["test"], range(len(kinds))
+        found = [self.edit(data.source(part), data.said(part)[0][1], explain=True)[1] for part in torch.arange(len(rows)).split(100)]
+        levels = torch.stack([torch.cat([w[k].mean(1) for w in found]) for k in range(len(found[0]))], 1).cpu()      # (N, levels)
+        lines, xs = {}, list(range(1, levels.shape[1] + 1))
+        for kind in dict.fromkeys(kinds):
+            mean = levels[torch.tensor([k == kind for k in kinds])].mean(0)
+            lines[kind] = (xs, mean.tolist())
+        charts = [("share of the channel manipulation, mean w", lines, {"equal": 0.5})]
+        if self.known:                                       # the paper's story: w is higher where only colour changes
+            colour = torch.tensor([k in ("recolour", "background") for k in kinds])
+            told = colour | torch.tensor([k in ("reshape", "add", "remove") for k in kinds])
+            areas = [roc_auc(levels[told, k], colour[told]) for k in range(len(xs))]
+            charts.append(("AUC of w: colour edits above shape edits", {"AUC": (xs, areas)}, {"chance": 0.5}))
+        curves(path, charts, xlabel="DEBlock, coarse to fine")
 
 
 def copy_source(part):
