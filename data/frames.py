@@ -143,7 +143,7 @@ def gif(file):
     try:
         with Image.open(file) as image:
             frames = [safe.on_white(frame.copy()) for frame in ImageSequence.Iterator(image)]
-    except (*safe.DAMAGED, Image.DecompressionBombError) as error:
+    except (*safe.DAMAGED, IndexError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is not a GIF that can be read, or it is cut ({safe.reason(error)}); copy it "
                          "again") from error
     if len(frames) < 2:

@@ -18,6 +18,7 @@ from data import clip as clips
 from data.weights import read_safetensors, write_safetensors
 
 CELLS, COARSE = 4, 16                    # grid of the motion features; pixels a side of what differences are taken of
+NOISE = 1e-3                             # sums this small come from rounding and compression
 CHUNK = {"cpu": 64, "cuda": 2048}        # frames that go through CLIP at once: on a CPU they stay in its cache
 
 
@@ -26,7 +27,7 @@ def flow(frames):
 
     With I_t the difference of neighbouring frames and I_x, I_y the slopes of their mean, a cell of the grid keeps the sums
     of I_x I_t, I_y I_t, I_t^2, I_x^2, I_y^2, I_x I_y over colours, frames and pixels. -I_x I_t is positive where things
-    move right, whatever their colour; I_t^2 tells turning from rest. Signed square roots tame their range.
+    move right, whatever their colour; I_t^2 tells turning from rest. Signed square roots, linear below NOISE, tame their range.
     """
     small = F.adaptive_avg_pool2d(frames.flatten(0, 1), COARSE).unflatten(0, frames.shape[:2])
     t = small.diff(dim=1)                                                         # (n, F - 1, 3, h, w)
@@ -34,7 +35,12 @@ def flow(frames):
     x, y = (mean[..., 1:-1, 2:] - mean[..., 1:-1, :-2]) / 2, (mean[..., 2:, 1:-1] - mean[..., :-2, 1:-1]) / 2
     sums = torch.stack([a.mul(b).mean((1, 2)) for a, b in ((x, t), (y, t), (t, t), (x, x), (y, y), (x, y))], 1)
     cells = F.adaptive_avg_pool2d(sums, CELLS).flatten(1)                         # (n, 96)
-    return cells.sign() * cells.abs().sqrt()
+    return cells / (cells.abs() + NOISE).sqrt()
+
+
+def looked(frames, look):
+    """Which of a clip's frames CLIP reads.   -> `look` numbers"""
+    return np.linspace(0, frames - 1, look).round().astype(int)
 
 
 @torch.no_grad()
@@ -44,7 +50,7 @@ def extract(frames, clip, look=2):
     look  how many of a clip's F frames CLIP reads, evenly spread from the first to the last
     """
     device, last = next(clip.parameters()).device, (len(clip.visual.transformer.resblocks) - 1,)
-    chosen = frames[:, :, np.linspace(0, frames.shape[2] - 1, look).round()]
+    chosen = frames[:, :, looked(frames.shape[2], look)]
     parts = []
     for part in chosen.flatten(0, 2).split(CHUNK.get(device.type, 512)):
         maps, embedding = clip.encode_image(clips.standard(part.to(device), clip.size), taps=last)

@@ -18,8 +18,9 @@ from data import parallel, quiz
 from data.batches import batch_rows, seed_from
 from data.frames import Features, load_features, open_frames, read_glove
 from data.metrics import accuracy_by_type
-from data.videos import Question, build_vocabulary, encode, load_questions
-from videoqa.features import cached, digest, extract
+from data.videos import Question, build_vocabulary, encode, load_questions, question_words
+from videoqa.explain import draw, without_each_clip
+from videoqa.features import cached, digest, extract, looked
 from videoqa.model import DualVGR, QuestionOnly
 
 STREAMS = ("appearance", "motion")
@@ -244,12 +245,18 @@ class Task:
         for t in range(start, stop):
             yield self.groups[batch_rows(len(self.groups), self.cfg.batch // self.cfg.per_video, seed, t)].flatten()
 
-    def run(self, part, rows):
-        """The model on some questions of a part; each of their videos is encoded once.   -> Output"""
+    def run(self, part, rows, keep=None):
+        """The model on some questions of a part; each of their videos is encoded once.   -> Output
+
+        keep (B, N): clips with 0 are replaced by the mean of all videos, for this question alone.
+        """
         videos, which = part.row[rows].unique(return_inverse=True)
         tokens, lengths = part.tokens[rows], part.lengths[rows]
         evidence = part.evidence[rows].float().to(self.device) if self.cfg.punish == "oracle" else None
         appearance, motion = self.standard(part.appearance[videos].to(self.device), part.motion[videos].to(self.device))
+        if keep is not None:
+            appearance, motion = appearance[which] * keep[..., None, None], motion[which] * keep[..., None]
+            which = torch.arange(len(rows))
         tokens, lengths, which = (x.to(self.device) for x in (tokens[:, : int(lengths.max())], lengths, which))
         return self.model(tokens, lengths, appearance, motion, which, evidence)
 
@@ -292,8 +299,53 @@ class Task:
                     metrics[f"AUC {name} {t}"] = float(evidence_auc(s, part.evidence).nanmean())
         return metrics
 
+    # -- what a person looks at -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
     def sample(self, folder):
-        """Nothing yet."""
+        """evidence.txt: does the punishment find the planted evidence, and what does the model lose without it; four sheets."""
+        part = self.parts["test"]
+        if part.evidence is None or self.cfg.streams == "none":
+            return
+        logits, scores = self.answer("test")
+        lines = evidence_table(scores, part.evidence, part.types) if self.cfg.punish == "learnt" else []
+        (folder / "evidence.txt").write_text("\n".join([*lines, "", *self.deletion(logits, scores)]) + "\n")
+        self.model.eval()
+        view = quiz.clips(range(4), self.cfg.data_seed, "test", 8)
+        for video in range(4):
+            q = next(q for q in range(8 * video, 8 * video + 8) if part.evidence[q].any() and "that" in part.questions[q].text.split()
+                     or q % 8 == 7)
+            out, frames = self.run(part, torch.tensor([q])), quiz.film(view, [video], 64, self.cfg.frames)[0]
+            tokens = part.tokens[q : q + 1, : int(part.lengths[q])].to(self.device)
+            features = self.standard(*(x[part.row[q], None].to(self.device) for x in (part.appearance, part.motion)))
+            best = out.logits[0].softmax(0).topk(3)
+            told = ", ".join(f"{self.words.tables['answer'][i]} {x:.2f}" for x, i in zip(*best, strict=True))
+            effect = without_each_clip(self.model, tokens, *features, int(best.indices[0]))
+            chosen = frames.unflatten(0, (quiz.CLIPS, -1))[:, looked(self.cfg.frames, self.cfg.look)]
+            draw(folder / f"clip-{video}.png", question_words(part.questions[q].text),
+                 [f"answers: {told}", f"right: {part.questions[q].answer}"], chosen, out, effect, part.evidence[q])
+        self.model.train()
+
+    def deletion(self, logits, scores, count=1000, clips=2):
+        """Accuracy after two clips are taken away: the arbiter that asks the model, whatever a score's sign means."""
+        part, rows = self.parts["test"], torch.arange(min(count, len(logits)))
+        known = rows[(part.evidence[rows].sum(1) > 0)]
+        orders = {"random": torch.rand(len(known), scores.shape[3], generator=torch.Generator().manual_seed(0)),
+                  "of the evidence": part.evidence[known].float()}
+        if self.cfg.punish == "learnt":
+            for t, cycle in enumerate(scores, 1):
+                for name, s in zip(STREAMS, cycle[:, known], strict=True):
+                    orders |= {f"with the highest score, {name} {t}": s, f"with the lowest score, {name} {t}": -s}
+        lines = [f"accuracy on {len(known)} test questions that have evidence, {clips} clips replaced by the mean of all videos:",
+                 f"  {'none':40} {float((logits[known].argmax(1) == part.answers[known]).float().mean()):.3f}"]
+        self.model.eval()
+        for name, order in orders.items():
+            keep = torch.ones_like(order).scatter(1, order.topk(clips, 1).indices, 0.0)
+            right = [self.run(part, known[i : i + 256], keep[i : i + 256].to(self.device)).logits.argmax(1).cpu()
+                     for i in range(0, len(known), 256)]
+            lines.append(f"  {name:40} {float((torch.cat(right) == part.answers[known]).float().mean()):.3f}")
+        self.model.train()
+        return lines
 
     def rivals(self):
         """Test metrics of the question-only model, trained as long, and of the majority answer of each type."""
@@ -348,6 +400,20 @@ def evidence_auc(scores, evidence):
     higher = (scores[:, :, None] > scores[:, None]).float() + (scores[:, :, None] == scores[:, None]).float() / 2
     pairs = evidence[:, :, None] & ~evidence[:, None]
     return (higher * pairs).sum((1, 2)) / pairs.sum((1, 2))
+
+
+def evidence_table(scores, evidence, types):
+    """AUC of every stream and cycle by question type, as lines.   scores (T, 2, Q, N)"""
+    columns = {f"{name} {t}": evidence_auc(s, evidence) for t, cycle in enumerate(scores, 1)
+               for name, s in zip(STREAMS, cycle, strict=True)}
+    lines = ["Does the punishment score the clips that hold the evidence above the others of the video? Area under the curve, mean",
+             "over test questions; chance 0.5. Below 0.5 the evidence gets the lower score.", "",
+             f"{'type':18} questions  " + "  ".join(columns)]
+    for kind in [*sorted(set(types)), "all"]:
+        rows = torch.tensor([kind in (t, "all") for t in types]) & ~evidence_auc(evidence.float(), evidence).isnan()
+        cells = [f"{float(x[rows].mean()):{len(name)}.3f}" for name, x in columns.items()]
+        lines.append(f"{kind:18} {int(rows.sum()):9}  " + "  ".join(cells))
+    return lines
 
 
 def train_quietly(cfg, device):
