@@ -333,14 +333,14 @@ class LD4MRec(nn.Module):
     def table(self):
         return torch.cat([self.table_out, self.bias_out[:, None]], 1)                          # (I, d + 1)
 
-    def encode(self, users, inference=None, steps=None):
-        """Users in the items' latent space.   users (n,) -> (n, d + 1)
+    def encode(self, users, inference=None, steps=None, rows=None):
+        """Users in the items' latent space.   users (n,) -> (n, d + 1); rows Graph (n, I): other clicks than theirs
 
         forward_free   C-Net(x_0, tau_in): no noise, one call [P2][K]
         one_step       C-Net(x_t, tau(t)) at t = corrupt (at least 1): version 1
         chain          corrupt to t = corrupt (0: not at all), then `steps` reverse steps down to t = 1, as DiffRec [D]
         """
-        cfg, rows, n = self.cfg, self.clicks.rows(users), len(users)
+        cfg, rows, n = self.cfg, rows or self.clicks.rows(users), len(users)
         inference, steps = inference or cfg.inference, steps or cfg.T
         t = {"forward_free": 0, "one_step": max(1, cfg.corrupt), "chain": cfg.corrupt}[inference]
         abar, noise = self.abar[t].expand(n), self.variance[t].expand(n)
