@@ -2,7 +2,9 @@
 
 Images are (3, H, W), (1, H, W) or (H, W) tensors in [-1, 1], or Pillow images; every function takes either.
 Captions are wrapped as the font measures them and rows grow with the longest, so no caption is ever clipped.
+`python -m data.pictures PAGE.png "a caption=picture.png" ...` puts finished pictures on one page.
 """
+import sys
 from pathlib import Path
 
 import torch
@@ -131,3 +133,10 @@ def gif(path, frames, ms=200, size=192):
         raise ValueError(f"there is no frame to write to {path}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     images[0].save(path, save_all=True, append_images=images[1:], duration=ms, loop=0)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or not all("=" in word for word in sys.argv[2:]):
+        sys.exit('python -m data.pictures PAGE.png "a caption=picture.png" ...      two pictures a row')
+    cells = [(Image.open(file), caption) for caption, file in (word.rsplit("=", 1) for word in sys.argv[2:])]
+    panels(sys.argv[1], [cells[i : i + 2] for i in range(0, len(cells), 2)], 440)
