@@ -67,10 +67,15 @@ class Run:
 
 
 def list_models():
+    """Every model: paper, what it does, minutes, and the headline of its run in runs/, if there is one."""
     print("python train.py NAME [--option=value ...]       NAME --help lists the options\n")
     for group in (MODELS, HELPERS):
         for name, (module, _, paper, line, minutes) in group.items():
             here = f"{minutes:2} min on two CPU cores" if module_file(module).exists() else "not here yet"
+            done = Path("runs") / f"{name}-default" / "result.json"
+            if done.exists():
+                result = json.loads(done.read_text())
+                here += f", yours: {result['headline']} {result['metrics'][result['headline']]:.4f}"
             print(f"  {name:12} {paper:23} {line:55} {here}")
         print()
 
