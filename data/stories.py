@@ -6,8 +6,6 @@
 
 NAMES says which layouts are read; `python -m data.prepare NAME` says where each data set comes from.
 """
-import csv
-import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +67,10 @@ def load(name="builtin", root="", split="train", size=64, seed=0, holdout=0.1, f
         read = clevr if (root / "images").is_dir() else pack
         return two_parts(lambda part: read(name, root, part, size), ("train", "val"), split, holdout,
                          lambda data: data.names)
-    return {"pororo": pororo, "flintstones": flintstones, "hdf5": hdf5}[name](root, split, size)
+    data = {"pororo": pororo, "flintstones": flintstones, "hdf5": hdf5}[name](root, split, size)
+    if not len(data):
+        raise ValueError(f"{root}: no story is in the {split} part")
+    return data
 
 
 def builtin(split, size, seed, frames, looks):
@@ -149,7 +150,7 @@ def clevr(name, root, part, size):
 
     The published sample names no parts: stories are taken in order, the last fifth is the second part [ours].
     """
-    table = safe.load_object_array(root / "CLEVR_dict.npy", "the 75 attributes of each picture by its name")
+    table = safe.load_object_array(root / "CLEVR_dict.npy", dict, "the 75 attributes of each picture by its name")
     table = {Path(str(key)).stem: np.asarray(row, dtype=np.float32).reshape(-1) for key, row in table.items()}
     numbers = sorted({key.rsplit("_", 1)[0] for key in table})
     cut = len(numbers) * 4 // 5
@@ -165,11 +166,11 @@ def clevr(name, root, part, size):
     def frames(row, seed):
         return [square(safe.open_image(file), size) for file in files[row]]
 
-    told = [clevr_captions(blocks) for blocks in attributes]
+    told = [clevr_captions(blocks, root / "CLEVR_dict.npy") for blocks in attributes]
     return Stories(name, size, told, numbers, stacked(frames), {"attributes": attributes})
 
 
-def clevr_captions(attributes):
+def clevr_captions(attributes, where="attributes"):
     """(4, 75) -> four sentences: frame t adds the object of block t, 18 numbers: one-hots, then x, y, z."""
     told = []
     for t, block in enumerate(attributes[-1][:72].reshape(4, 18)):
@@ -177,7 +178,7 @@ def clevr_captions(attributes):
         for name, values in CLEVR.items():
             hot = block[start : start + len(values)]
             if sorted(hot.tolist()) != [0] * (len(values) - 1) + [1]:
-                raise ValueError(f"CLEVR-SV attributes, block {t}: {name} is {hot.tolist()}, expected one 1")
+                raise ValueError(f"{where}, block {t}: {name} is {hot.tolist()}, expected one 1")
             words[name], start = values[int(hot.argmax())], start + len(values)
         thing = " ".join(words[name] for name in ("size", "colour", "material", "shape"))
         told.append(f"a {thing} is added at position {block[15]:.1f} , {block[16]:.1f} .")
@@ -190,8 +191,7 @@ def clevr_captions(attributes):
 def pororo_descriptions(file):
     """descriptions.csv: rows `episode,scene,description`, no header.   -> {"episode/scene": [sentences]}"""
     found = {}
-    text = safe.read_text(file, "the descriptions of PororoSV: episode,scene,description")
-    for number, row in enumerate(csv.reader(io.StringIO(text)), 1):
+    for number, row in safe.read_rows(file, "the descriptions of PororoSV: episode,scene,description"):
         if len(row) != 3 or not row[2].strip():
             raise ValueError(f"{file}, row {number}: {','.join(row)!r:.60} is not episode,scene,description")
         found.setdefault(f"{row[0]}/{row[1]}", []).append(" ".join(row[2].split()))
@@ -204,7 +204,7 @@ def pororo(root, split, size):
     if (root / "descriptions.csv").is_file():
         table = pororo_descriptions(root / "descriptions.csv")
     else:
-        table = safe.load_object_array(root / "descriptions.npy", "or descriptions.csv")
+        table = safe.load_object_array(root / "descriptions.npy", dict, "or descriptions.csv")
     keys = [["/".join(Path(scene).with_suffix("").parts[-2:]) for scene in story] for story in scenes]
     for key in (key for story in keys for key in story):
         if not table.get(key):
@@ -224,12 +224,15 @@ def pororo(root, split, size):
 
 def pororo_scenes(root, part):
     """The five pictures of each story of a part (0, 1, 2: train, valid, test).   -> N lists of paths"""
-    first, later, ids = (safe.load_object_array(root / name, "one of the three lists of stories") for name in
+    first, later, ids = (safe.load_object_array(root / name, (list, np.ndarray), "one of the three lists of stories") for name in
                          ("img_cache4.npy", "following_cache4.npy", "train_seen_unseen_ids.npy"))
     if len(first) != len(later) or len(ids) != 3:
         raise ValueError(f"{root}: img_cache4.npy has {len(first)} stories, following_cache4.npy {len(later)} "
                          f"and train_seen_unseen_ids.npy {len(ids)} parts; expected as many, and 3 parts")
-    scenes = [[plain_path(first[n]), *map(plain_path, later[n])] for n in ids[part]]
+    try:
+        scenes = [[plain_path(scene, root) for scene in (first[n], *later[n])] for n in ids[part]]
+    except (IndexError, TypeError) as error:
+        raise ValueError(f"{root}: train_seen_unseen_ids.npy names a story that is not there ({error})") from error
     for scene in (scene for story in scenes for scene in story):
         if not (root / scene).is_file():
             raise safe.missing(root / scene, "img_cache4.npy and following_cache4.npy list it")
@@ -244,12 +247,12 @@ def flags_of(table, stories, file):
     return [[np.asarray(table[key]) for key in story] for story in stories]
 
 
-def plain_path(entry):
+def plain_path(entry, where):
     """An entry of the cache files, bytes or the text "b'ep/1.png'", as a relative path."""
     text = entry.decode() if isinstance(entry, bytes) else str(entry)
     text = re.sub(r"^b(['\"])(.*)\1$", r"\2", text)
-    if text.startswith("/") or ".." in text.split("/"):
-        raise ValueError(f"the list of stories names {text!r}, which leads outside the folder")
+    if safe.outside(text):
+        raise ValueError(f"{where}: the list of stories names {text!r:.60}, which leads outside the folder")
     return text
 
 
@@ -266,13 +269,13 @@ def one_of_strip(strip, where, seed, row, f):
 # -- FlintstonesSV -------------------------------------------------------------------------------------------
 
 
-def following(shots, frames=5):
+def following(shots, frames=5, where="the shots"):
     """{shot: the next frames - 1 shots of its episode}; the last ones of an episode start no story."""
     episodes = {}
     for shot in sorted(shots):
         match = re.fullmatch(r"(s_\d+_e_\d+)_shot_(\d+)_(\d+)", shot)
         if not match:
-            raise ValueError(f"{shot!r} is not the id of a shot such as s_01_e_26_shot_000055_000129")
+            raise ValueError(f"{where}: {shot!r:.60} is not the id of a shot such as s_01_e_26_shot_000055_000129")
         episodes.setdefault(match[1], []).append(shot)
     return {row[n]: row[n + 1 : n + frames]
             for row in episodes.values() for n in range(len(row) - frames + 1)}
@@ -306,7 +309,7 @@ def flintstones(root, split, size):
     if not isinstance(part, list):
         raise ValueError(f"{root / 'train-val-test_split.json'} needs lists under train, val and test")
     cache = root / "following_cache4.pkl"
-    later = safe.load_pickle(cache) if cache.is_file() else following(told)
+    later = safe.load_pickle(cache, dict) if cache.is_file() else following(told, where=root)
     stories = [[shot, *later[shot]] for shot in part if len(later.get(shot, ())) == 4]
     files = {shot: root / "video_frames_sampled" / f"{shot}.npy" for story in stories for shot in story}
     for shot, file in files.items():

@@ -55,19 +55,19 @@ class Config:
     sd: str = ""                     # folder of Stable Diffusion 1.5 in the diffusers layout: it replaces stage 1
     base: str = ""                   # checkpoint of a run whose stage 1 (text encoder and UNet) is taken over
     seed: int = 0                    # random seed
-    steps: int = 1500                # optimiser steps of both stages
-    base_steps: int = 500            # of these, steps of stage 1; 0 without --base or --sd: stage 2 from scratch
+    steps: int = 1400                # optimiser steps of both stages
+    base_steps: int = 400            # of these, steps of stage 1; 0 without --base or --sd: stage 2 from scratch
     anneal: int = 1000               # steps of stage 2 over which its step size falls to a tenth (cosine)
-    eval_every: int = 250            # steps between evaluations
+    eval_every: int = 200            # steps between evaluations
     patience: int = 0                # evaluations without improvement before stopping; 0: never
-    batch: int = 32                  # stories in a step (stage 1: all their frames)
+    batch: int = 16                  # stories in a step (stage 1: all their frames)
     size: int = 32                   # pixels of a frame's side
     patch: int = 4                   # block of pixels that becomes the channels of a latent pixel
     frames: int = 4                  # builtin: frames of a story
     rows: int = 2                    # rows of the board
     order: str = "column"            # frames run down the columns (Fig. 2), or row by row
     widths: tuple = (48, 96)         # channels of the UNet's levels (SD: 320, 640, 1280, 1280)
-    attention: tuple = (True, True)  # which levels have attention
+    attention: tuple = (False, True) # which levels have attention (SD: all but the coarsest)
     resnets: int = 1                 # resnets a level (SD: 2)
     heads: int = 4                   # attention heads at every width (SD: 8)
     groups: int = 8                  # groups of the norms (SD: 32)
@@ -96,7 +96,7 @@ class Config:
     own: float = 0.25                # builtin, stage 1: share of frames with the story's sentence, not the complete caption
     sampler: int = 20                # DDIM steps
     guidance: float = 1.0            # classifier-free guidance when judging
-    judged: tuple = (48, 128)        # stories judged for validation and for test
+    judged: tuple = (32, 128)        # stories judged for validation and for test
 
     def __post_init__(self):
         choices = {"mode": ("both", "frame", "story", "joint"), "prior": ("cell", "constant", "none"),
@@ -149,6 +149,9 @@ class Task:
             self.next = 'python -m story.sample "Pip the red star walks in the snow." "It meets Mo." "They jump." "It stands on the left."'
         else:
             self.headline, self.better, self.chance = "Frechet frame", "lower", {}
+            cut, told = self.net["words"].cut(self.data["train"].captions), len(self.data["train"]) * self.frames
+            if cut and parallel.rank() == 0:
+                print(f"{cut:,} of {told:,} captions are longer than --length={cfg.length} and lose their end")
             self.next = f"python -m story.sample --ckpt=runs/storyimager-default/best.pt --root={cfg.root} --row=0"
 
     def build(self):

@@ -47,6 +47,10 @@ class Encoder(nn.Module):
         if (count := len(words_of(text)) + 1) > self.length:
             raise ValueError(f"'{text[:60]}...' has {count - 1} words, the model reads {self.length - 1} a sentence; shorten it")
 
+    def pieces(self, text):
+        """What each position holds, for pictures."""
+        return with_start(text)[: self.length]
+
     def cut(self, told):
         """How many captions are longer than it reads."""
         return sum(len(words_of(text)) >= self.length for story in told for text in story)
@@ -82,6 +86,10 @@ class Published(nn.Module):
     def check(self, text):
         """Byte pairs read every text; one that is too long is an error.   raises ValueError"""
         self.tokeniser([text])
+
+    def pieces(self, text):
+        ids = [self.tokeniser.start, *self.tokeniser.encode(text)][: self.length]
+        return [self.tokeniser.symbols[i].replace("</w>", "") for i in ids]
 
     def cut(self, told):
         return sum(len(self.tokeniser.encode(text)) > self.length - 2 for story in told for text in story)
