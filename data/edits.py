@@ -141,6 +141,9 @@ def emoji(name, root, split, size, holdout):
             said.append(instruction)
             kinds.append(kind)
 
+    if not pairs:
+        raise ValueError(f"{file} holds no edit of the {split} part")
+
     def end(side):
         return lambda rows: data.images([pairs[int(row)][side] for row in rows])
 

@@ -115,8 +115,8 @@ def to_mode(full, image, colour=False):
         result = result.convert("L")
     if clear:
         result.putalpha(alpha)
-    elif image.mode == "P":
-        result = result.quantize(256)
+    if image.mode == "P":
+        result = result.quantize(256, Image.Quantize.FASTOCTREE if clear else Image.Quantize.MEDIANCUT)
     return result
 
 

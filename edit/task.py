@@ -107,14 +107,14 @@ class Sentences(torch.nn.Module):
         return self.lstm(tokens[:, :18].to(self.device), lengths.clamp(max=18))[0]
 
     def by_clip(self, texts):
-        """CLIP's sentence vectors, scaled to unit variance; frozen, so each distinct sentence is read once."""
-        if fresh := sorted(set(texts) - self.table.keys()):
-            tokens = self.ids(fresh)
-            with torch.no_grad():
-                found = self.clip[0].encode_text(tokens[:, : int((tokens > 0).sum(1).max())].to(self.device))[0]
-            if len(self.table) > 2**16:
-                self.table.clear()
-            self.table |= dict(zip(fresh, F.normalize(found, dim=1) * found.shape[1] ** 0.5, strict=True))
+        """CLIP's sentence vectors, scaled to unit variance; frozen, so each distinct sentence is read once, by itself:
+        its bits must not depend on what else was in the batch, or resuming would not be exact."""
+        for text in dict.fromkeys(texts):
+            if text not in self.table:
+                tokens = self.ids([text])
+                with torch.no_grad():
+                    found = self.clip[0].encode_text(tokens[:, : int(tokens.argmax()) + 1].to(self.device))[0][0]
+                self.table[text] = F.normalize(found, dim=0) * len(found) ** 0.5
         return torch.stack([self.table[text] for text in texts])
 
     def agreement(self, pictures, texts):
@@ -127,8 +127,8 @@ def open_editor(cfg, device, train=None):
     """Text encoder and editor, untrained. A learnt encoder takes its words from the training set (opened if not given)."""
     def words():                                             # drawn only if they are needed
         data = train or edits.load(cfg.data, cfg.root, "train", cfg.size)
-        for row in range(min(len(data), 4096 if cfg.data == "builtin" else 2**20)):
-            yield from (text for pair in data.said([row]) for texts in pair for text in texts)
+        for rows in torch.arange(min(len(data), 4096 if cfg.data == "builtin" else 2**20)).split(256):
+            yield from (text for pair in data.said(rows.tolist()) for texts in pair for text in texts)
 
     read = Sentences(cfg, words(), device).to(device)
     return read, Generator(cfg.size, read.width, cfg.base, cfg.code_width, cfg.kernels, cfg.composition, cfg.dynamic,
