@@ -13,6 +13,8 @@ without replacement. A share of the training clicks is replaced by accidents, dr
 in `noise`; valid and test clicks are all meant. So the truth is known: who likes what and why, and which
 clicks mean nothing. The features are what the frozen small CLIP makes of pictures and titles.
 """
+import functools
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -54,7 +56,7 @@ def shop(seed=0):
     truth = {"attributes": attributes, "told": view["told"], "tastes": tastes, "style": style,
              "weight": weight[:, 0], "likes": likes, "fame": fame, "masks": lambda ids: drawn(ids, 1)[:, :1]}
     return {"users": USERS, "items": ITEMS, "train": train, "valid": valid, "test": test,
-            "features": features(view), "titles": view["titles"], "pictures": lambda ids: drawn(ids, 0),
+            "features": dict(features(seed)), "titles": view["titles"], "pictures": lambda ids: drawn(ids, 0),
             "noise": accident[label == 0], "truth": truth, "source": f"built-in shop (seed {seed})",
             "dropped": {"valid": 0, "test": 0}}
 
@@ -93,14 +95,18 @@ def split_rule(user, seed):
     return label
 
 
+@functools.cache
 @torch.no_grad()
-def features(view):
+def features(seed):
     """What the frozen small CLIP makes of the products: {"image": (I, E), "text": (I, w)}, rows of length 1.
+
+    Made once in a process, for it takes seconds.
 
     image   its embedding of the picture, with clutter and background that no customer minds (drift)
     text    the mean of its word features: what a title leaves out is missing (omission). Not its sentence embedding, which
             was trained to keep only what pictures show; kind and material are in no picture
     """
+    view = products(range(ITEMS), seed)
     model, words = clip.small(), clip.small_tokeniser()(view["titles"])
     words = words[:, : int((words > 0).sum(1).max())]
     image = model.encode_image(clip.standard(render(view["scene"], model.size)[0], model.size))[1]

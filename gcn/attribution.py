@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from data import clip
+from data.pictures import bars
 from data.text import words_of
 from data.views import products
 from gcn.befa import content_vector
@@ -187,11 +188,11 @@ class Explorer:
         return score_maps(self.maps(model, **how)[0], self.masks)
 
     @torch.no_grad()
-    def row(self, item, before, after, count=3):
+    def row(self, item, before, after, count=3, **how):
         """One line of the panel: picture | before | after | nearest by the encoder | nearest in the adapted space."""
         cells, name = [(self.pictures[item], f"#{item} {self.title(item)}")], ("without", "with BeFA")
         for label, model in zip(name, (before, after), strict=True):
-            heat, over = self.maps(model, [item])
+            heat, over = self.maps(model, [item], **how)
             whole = content_vector(model, "image", self.data.features["image"][[item]], model.item.weight[[item]])
             text = f"{label}: cos {float(F.cosine_similarity(whole, model.item.weight[[item]])):.2f}"
             if self.masks is not None:
@@ -212,3 +213,10 @@ class Explorer:
         vectors, names, _ = read([self.title(item)])
         heat = attribute(model, "text", vectors, torch.tensor([item]), **how)[0]
         return {f"{n}. {word}": float(s) for n, (word, s) in enumerate(zip(names[0], heat, strict=False))}
+
+
+def draw_words(path, explorer, item, before, after, **how):
+    """Bars: how far each word of an item's title agrees with its behaviour, without and with the adapter."""
+    sides = [("without", explorer.words(item, before, **how)), ("with BeFA", explorer.words(item, after, **how))]
+    bars(path, {f"{word}, {label}": table[word] for word in sides[0][1] for label, table in sides},
+         f"agreement of words with behaviour: #{item} {explorer.title(item)}")

@@ -7,15 +7,12 @@
 import dataclasses
 import math
 import statistics
-import time
 from dataclasses import dataclass
 
-import torch
-
-from data.pictures import bars, panels
+from data.options import plain
+from data.pictures import panels
 from data.weights import save_checkpoint
 from gcn import attribution, baselines, befa, fast, mgcn, task
-from data.options import plain
 
 
 @dataclass
@@ -154,10 +151,7 @@ class Task(task.Task):
                "picture | host without BeFA | with BeFA | nearest items by the encoder | by the adapted feature. Two items with the "
                "highest drift, two with the highest omission, two with neither")
         if "text" in after.modalities and self.data.titles:
-            words = [explorer.words(items[0], model) for model in (before, after)]
-            bars(folder / "words.png", {f"{w}, {label}": t[w] for w in words[0] for label, t in
-                                        zip(("without", "with BeFA"), words, strict=True)},
-                 f"agreement of words with behaviour: {explorer.title(items[0])}")
+            attribution.draw_words(folder / "words.png", explorer, items[0], before, after)
 
 
 def spread(values):

@@ -1,6 +1,7 @@
-"""Rank unseen items for one user with a trained model, and say why.
+"""Rank unseen items for one user with a trained model, and say why; or look at one item as behaviour sees it.
 
     python -m gcn.recommend --user 42 --top 10 --why [--ckpt runs/mvgcn-default/best.pt]
+    python -m gcn.recommend --item 7 --why [--ckpt runs/befa-default/best.pt]           # where its features look, BeFA's analysis
 
 Every explanation is exact arithmetic on the score F_u . F_i, no approximation: the parts add up to it.
     F = C + M                     score = C.C + C.M + M.C + M.M                     (user first, item second)
@@ -15,39 +16,47 @@ from pathlib import Path
 import torch
 
 from data.options import from_plain, parse, show_help
-from data.pictures import bars
+from data.pictures import bars, panels
 from data.weights import load_checkpoint
+from gcn import attribution, befa_task
+from gcn import task as mgcn_task
 from gcn.mgcn import MGCN, fusion_scales
-from gcn.task import Config, Task
 from kernels.graph import mix_hops
 from kernels.ranking import top_k
 
 
 @dataclass
 class Options:
-    """Recommend items to one user and explain the scores."""
+    """Recommend items to one user and explain the scores, or explore one item."""
 
     user: int = -1                                # id of the user, 0 and up
+    item: int = -1                                # id of an item to explore instead, with a run of befa
     top: int = 10                                 # length of the list
-    why: bool = False                             # split the scores, name neighbours and past items, draw why.png
-    ckpt: str = "runs/mvgcn-default/best.pt"      # a checkpoint that train.py wrote
+    why: bool = False                             # split the scores, name neighbours and past items, draw a picture
+    ckpt: str = ""                                # a checkpoint; empty: runs/mvgcn-default/best.pt, befa-default with --item
     root: str = ""                                # folder of the real data, if it is not where it was in training
-    out: str = ""                                 # where to write the picture; empty: user-ID.png beside the checkpoint
+    behaviour: str = "id"                         # what an item's maps are compared with: id, its own vector, or graph
+    variant: str = "A"                            # maps by location cosine (A) or by gradients (B)
+    out: str = ""                                 # where to write the picture; empty: beside the checkpoint
 
 
-def restore(ckpt, root=""):
+def restore(ckpt, root="", data=None):
     """The task a checkpoint describes, with its weights.   raises ValueError or FileNotFoundError, one sentence"""
     checkpoint = load_checkpoint(ckpt)
     config = checkpoint.get("config", {})
     if "model" not in config or "fuser" not in config:
-        raise ValueError(f"{ckpt} holds '{checkpoint.get('name')}', not a model of gcn; point --ckpt at a run of mvgcn")
-    task = Task(from_plain(Config, config | ({"root": root} if root else {})), torch.device("cpu"))
-    try:
-        task.model.load_state_dict(checkpoint["state"]["model"])
-    except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{ckpt} does not fit the data in --root={task.cfg.root or 'builtin'}: {reason}") from None
-    return task
+        raise ValueError(f"{ckpt} holds '{checkpoint.get('name')}', not a model of gcn; point --ckpt at a run of mvgcn or befa")
+    module = befa_task if config["model"] == "befa" else mgcn_task
+    restored = module.Task(from_plain(module.Config, config | ({"root": root} if root else {})), torch.device("cpu"), data)
+    for key, part in restored.saved.items():
+        if not isinstance(part, torch.optim.Optimizer):
+            try:
+                part.load_state_dict(checkpoint["state"][key])
+            except (RuntimeError, KeyError, ValueError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(f"{ckpt} does not fit the data in --root={restored.cfg.root or 'builtin'}: {reason}") from None
+    restored.model.eval()
+    return restored
 
 
 def check_user(task, user):
@@ -138,11 +147,45 @@ def draw(path, why, title, name):
          | {f"past: {name(i)}": x for i, x in past} | {"the user's own vector": why["own"]}, title)
 
 
+def explore(options):
+    """Panel and words of one item: what the host's content looks at without and with BeFA.   -> paths written"""
+    ckpt = options.ckpt or "runs/befa-default/best.pt"
+    with_ = restore(ckpt, options.root)
+    if with_.cfg.model != "befa":
+        raise ValueError(f"{ckpt} is a run of {with_.cfg.model}, and --item compares a host without and with BeFA; train one "
+                         "with python train.py befa")
+    if not 0 <= options.item < with_.data.items:
+        raise ValueError(f"there is no item {options.item}: ids run from 0 to {with_.data.items - 1}; pass one with --item")
+    explorer = attribution.Explorer(with_.data, with_.cfg.encoder)
+    host = Path(ckpt).with_name("host.pt")
+    if not host.is_file():
+        raise FileNotFoundError(f"{host} is missing: the same host without BeFA, which a finished run of befa leaves there")
+    without, how = restore(host, options.root, with_.data), {"behaviour": options.behaviour, "variant": options.variant}
+    paths = [Path(options.out or Path(ckpt).with_name(f"item-{options.item}.png"))]
+    row = explorer.row(options.item, without.model, with_.model, **how)
+    panels(paths[0], [row], 112, "picture | host without BeFA | with BeFA | nearest items by the encoder | by the adapted feature")
+    print("\n".join(caption for _, caption in row[:3]))
+    for place, (_, caption) in enumerate(row[3:]):
+        print(f"  {caption}  {explorer.title(int(caption.split('#')[1].split(',')[0]))}" if place < 6 else "")
+    if "text" in with_.model.modalities and with_.data.titles:
+        paths.append(paths[0].with_name(f"{paths[0].stem}-words.png"))
+        attribution.draw_words(paths[1], explorer, options.item, without.model, with_.model, **how)
+    return paths
+
+
 def main(argv):
     if "--help" in argv or "-h" in argv:
         return show_help("python -m gcn.recommend", Options)
-    options = Options(**parse(argv, Options, command="python -m gcn.recommend"))
-    task = restore(options.ckpt, options.root)
+    typed = parse(argv, Options, command="python -m gcn.recommend")
+    options = Options(**typed)
+    if "item" in typed:
+        if "user" in typed or not options.why:
+            raise ValueError("--item ID --why explores one item, --user ID ranks for one user: pass one of the two")
+        for path in explore(options):
+            print(f"-> {path}")
+        return
+    ckpt = options.ckpt or "runs/mvgcn-default/best.pt"
+    task = restore(ckpt, options.root)
     history = check_user(task, options.user)
     if options.top < 1:
         raise ValueError(f"--top={options.top}: ask for at least one item")
@@ -155,7 +198,8 @@ def main(argv):
         best, scores = top_k(users, items, torch.tensor([options.user]), min(options.top, task.data.items), task.seen)
     print(f"user {options.user} clicked {len(history)} items: " + "; ".join(name(i) for i in history[:8].tolist()))
     if options.why and not isinstance(task.model, MGCN):
-        raise ValueError(f"--why explains mgcn and lightgcn; {task.cfg.model} has no views to take apart, leave --why out")
+        raise ValueError(f"--why explains mgcn and lightgcn; {getattr(task.cfg, 'host', task.cfg.model)} has no views to take "
+                         "apart, leave --why out")
     for place, (item, score) in enumerate(zip(best[0].tolist(), scores[0].tolist(), strict=True), 1):
         if item < 0:
             break
@@ -164,7 +208,7 @@ def main(argv):
             why = explain(task.model, options.user, item, history)
             print("\n".join(tell(why, name)))
             if place == 1:
-                path = Path(options.out or Path(options.ckpt).with_name(f"user-{options.user}.png"))
+                path = Path(options.out or Path(ckpt).with_name(f"user-{options.user}.png"))
                 draw(path, why, f"user {options.user}: why {name(item)} comes first ({why['score']:.3f})", name)
     if options.why:
         print(f"-> {path}")

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from data import parallel
-from data.batches import seed_from
+from data.batches import generator, seed_from
 from data.interactions import load
 from data.metrics import ranking, ranking_chance
 from data.pictures import curves, histogram
@@ -77,6 +77,27 @@ def paper(name):
     return settings | {"modalities": ("image", "text")}
 
 
+class Catalogue:
+    """A checkpoint's memory of whose features it was trained on: one random projection of every row, never a model's input.
+
+    Features of the same shape from another catalogue, or in another order, would load without a word otherwise. Compared
+    with a tolerance, because the same encoder rounds differently on another machine.
+    """
+
+    def __init__(self, features):
+        self.sketch = {m: x @ torch.randn(x.shape[1], generator=generator(0, x.shape[1])) for m, x in features.items()}
+
+    def state_dict(self):
+        return self.sketch
+
+    def load_state_dict(self, state):
+        for m, mine in self.sketch.items():
+            theirs = state[m]
+            if theirs.shape == mine.shape and (wrong := ((theirs - mine).abs() > 1e-2 * mine.std()).nonzero()).numel():
+                raise ValueError(f"the {m} features are those of another catalogue: {len(wrong)} of {len(mine)} items differ from "
+                                 f"the ones it was trained on, item {int(wrong[0])} first")
+
+
 class Task:
     """One recommender on one data set; see STYLE of the contract in train.py."""
 
@@ -105,7 +126,7 @@ class Task:
             self.model = self.build(features).to(device)
             learnt = [p for p in self.model.parameters() if p.requires_grad]
             self.optimiser = torch.optim.Adam(learnt, lr=cfg.lr, fused=True)     # dense Adam in one pass over memory
-            self.saved = {"model": self.model, "optimiser": self.optimiser}
+            self.saved = {"model": self.model, "optimiser": self.optimiser, "catalogue": Catalogue(data.features)}
         clicked = torch.bincount(data.train[:, 0], minlength=data.users)
         self.chance = ranking_chance(users=data.test[:, 0], items=data.items, seen=clicked)
         self.next = f"python -m gcn.recommend --user {int(data.test[len(data.test) // 2, 0])} --top 10 --why"

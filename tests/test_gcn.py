@@ -447,7 +447,7 @@ def test_explanations_add_up_to_the_score(changes):
 def write_run(folder, **changes):
     task = small_task(**changes)
     save_checkpoint(folder / "best.pt", {"name": "mvgcn", "config": dataclasses.asdict(task.cfg),
-                                         "state": {"model": task.model.state_dict()}})
+                                         "state": {key: task.saved[key].state_dict() for key in ("model", "catalogue")}})
     return task, str(folder / "best.pt")
 
 
