@@ -1,12 +1,11 @@
 """Archives of other people: unpacked whole or not at all, and never outside their folder."""
 import os
-import re
 import shutil
 import tarfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from data.safe import DAMAGED, missing, reason
+from data.safe import DAMAGED, missing, outside, reason
 
 
 def members(archive):
@@ -15,21 +14,12 @@ def members(archive):
         for info in archive.infolist():
             if (info.external_attr >> 16) & 0o170000 == 0o120000:
                 raise ValueError(f"member {info.filename!r} is a link")
-            yield info.filename, info.is_dir(), lambda info=info: archive.open(info)
+            yield info.filename, info.filename.endswith("/"), lambda info=info: archive.open(info)
     else:
         for info in archive:
             if not (info.isfile() or info.isdir()):
                 raise ValueError(f"member {info.name!r} is a link or a device")
             yield info.name, info.isdir(), lambda info=info: archive.extractfile(info)
-
-
-def inside(name):
-    """A member's name as a relative path; raises ValueError if it could leave the folder."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    drive = re.match(r"[A-Za-z]:", name)
-    if path.is_absolute() or ".." in path.parts or drive or "\0" in name or not path.parts:
-        raise ValueError(f"member {name!r} would be written outside the folder")
-    return Path(*path.parts)
 
 
 def unpack(archive, folder, limit=64 * 2**30):
@@ -48,7 +38,9 @@ def unpack(archive, folder, limit=64 * 2**30):
     try:
         with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive) as opened:
             for name, is_folder, open_member in members(opened):
-                target = aside / inside(name)
+                if outside(name):
+                    raise ValueError(f"member {name!r:.60} would be written outside the folder")
+                target = aside / PurePosixPath(name.replace("\\", "/"))
                 (target if is_folder else target.parent).mkdir(parents=True, exist_ok=True)
                 if is_folder:
                     continue

@@ -123,7 +123,7 @@ def listed(name, root, part, size):
 
     def decode(row):
         image = safe.open_image(files[row])
-        return shrink(cut_to_box(image, boxes[keys[row]]) if boxes else image, size)
+        return shrink(cut_to_box(image, boxes[keys[row]], files[row]) if boxes else image, size)
 
     extra = {"class_id": [int(key[:3]) for key in keys]} if name == "birds" else {}
     return Captions(name, size, texts, keys, cropped(cached(decode), size, True), extra)
@@ -148,8 +148,8 @@ def read_keys(part):
         keys = safe.load_pickle(part / "filenames.pickle", hint="a list of keys; or filenames.txt")
     if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
         raise ValueError(f"{part}: filenames must be a list of keys such as 002.Laysan_Albatross/Laysan_0002")
-    if bad := [key for key in keys if ".." in key.split("/") or key.startswith("/")]:
-        raise ValueError(f"{part}: key {bad[0]!r} leads outside the folder")
+    if bad := [key for key in keys if safe.outside(key)]:
+        raise ValueError(f"{part}: key {bad[0]!r:.60} leads outside the folder")
     return keys
 
 
@@ -170,27 +170,27 @@ def sentences_of(file, hint):
 
 def read_boxes(cub):
     """{key: (x, y, w, h)} from images.txt and bounding_boxes.txt, joined on the id, cut to whole pixels."""
-    names = dict(line.split() for line in safe.read_text(cub / "images.txt").splitlines() if line.strip())
+    names = dict(line.strip().partition(" ")[::2] for line in safe.read_text(cub / "images.txt").splitlines())
     boxes, file = {}, cub / "bounding_boxes.txt"
     for number, line in enumerate(safe.read_text(file).splitlines(), 1):
         try:
             id_, *box = line.split()
             x, y, w, h = (int(float(value)) for value in box)
             boxes[names[id_].removesuffix(".jpg")] = (x, y, w, h)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{file}, line {number}: {line!r} is not '<id> x y w h' with an id of "
+        except (ValueError, KeyError, OverflowError) as error:
+            raise ValueError(f"{file}, line {number}: {line!r:.60} is not '<id> x y w h' with an id of "
                              "images.txt") from error
     return boxes
 
 
-def cut_to_box(image, box):
+def cut_to_box(image, box, where="the picture"):
     """A square of half-side int(0.75 * longer side) around the box's centre, cut off at the border."""
     x, y, w, h = box
     r, cx, cy = int(max(w, h) * 0.75), (2 * x + w) // 2, (2 * y + h) // 2
     left, top = max(0, cx - r), max(0, cy - r)
     right, bottom = min(image.width, cx + r), min(image.height, cy + r)
     if right <= left or bottom <= top:
-        raise ValueError(f"box {box} lies outside a picture of {image.width} x {image.height} pixels")
+        raise ValueError(f"{where}: box {box} lies outside its {image.width} x {image.height} pixels")
     return image.crop((left, top, right, bottom))
 
 
@@ -209,7 +209,7 @@ def open_pack(name, pictures, texts, size, flip):
     """
     images, rows, arrays = read_pack(pictures, texts, 4)
     if rows is None:
-        rows = [{"label": label, "captions": [a_photo_of(label)]} for label in labels_of(arrays, pictures)]
+        rows = [{"label": label, "captions": [a_photo_of(label)]} for label in labels_of(arrays, pictures, len(images))]
     if empty := [n for n, row in enumerate(rows) if not any(row["captions"])]:
         raise ValueError(f"{texts}, line {empty[0] + 1} has no caption; write at least one")
     keys = sorted(set.intersection(*map(set, rows)) - {"captions", "index"})
@@ -223,12 +223,15 @@ def open_pack(name, pictures, texts, size, flip):
     return Captions(name, size, told, [str(name) for name in names], cropped(fetch, size, flip), extra)
 
 
-def labels_of(arrays, file):
+def labels_of(arrays, file, count):
     """The class name of each picture, from `labels` (N,) and `classes`."""
     try:
-        return arrays["classes"][arrays["labels"]].tolist()
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{file} needs `classes`, the names, and `labels`, one a picture") from error
+        found = arrays["classes"][arrays["labels"]].tolist()
+    except (KeyError, IndexError):
+        found = []
+    if len(found) != count or not all(isinstance(label, str) and label for label in found):
+        raise ValueError(f"{file} needs `classes`, the names, and `labels`, one a picture")
+    return found
 
 
 def a_photo_of(label):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from data.safe import DAMAGED
 from data.text import WordTokenizer
 from data.towers import ImageTower, TextTower
 from data.weights import load_checked, read_safetensors, read_state, sha256
@@ -225,10 +226,11 @@ def from_hugging_face(state, where):
 
 def is_torchscript(path):
     """A zip archive with a folder of code is TorchScript; torch.save makes zip archives too, without code."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.split("/")[1:2] in (["code"], ["constants.pkl"]) for name in archive.namelist())
+    except DAMAGED:                                                          # no archive, or a damaged one
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.split("/")[1:2] in (["code"], ["constants.pkl"]) for name in archive.namelist())
 
 
 def read_torchscript(path, trust=False):

@@ -142,7 +142,10 @@ def gif(file):
     """All frames of a GIF, each composed over the ones before it, on white."""
     try:
         with Image.open(file) as image:
-            frames = [safe.on_white(frame.copy()) for frame in ImageSequence.Iterator(image)]
+            frames = []
+            for frame in ImageSequence.Iterator(image):
+                safe.check_size(frame, len(frames) + 1)
+                frames.append(safe.on_white(frame.copy()))
     except (*safe.DAMAGED, IndexError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is not a GIF that can be read, or it is cut ({safe.reason(error)}); copy it "
                          "again") from error
@@ -203,9 +206,11 @@ def load_features(appearance, motion=None):
             raise ValueError(f"{appearance} and {motion} are not about the same videos: {len(ids)} and "
                              f"{len(other)} ids")
         move = move[[row[int(number)] for number in ids]]
-    if look.ndim != 4 or move.ndim != 3 or look.shape[:2] != move.shape[:2] or len(ids) != len(look):
-        raise ValueError(f"{appearance}: features are {look.shape} and {move.shape} for {len(ids)} ids; "
-                         "expected (V, clips, frames, D), (V, clips, D) and V ids")
+    kinds = ids.dtype.kind + look.dtype.kind + move.dtype.kind
+    if look.ndim != 4 or move.ndim != 3 or look.shape[:2] != move.shape[:2] or ids.shape != look.shape[:1] or (
+            kinds not in ("iff", "uff")):
+        raise ValueError(f"{appearance}: features are {look.shape} and {move.shape} for {ids.size} ids; "
+                         "expected floats (V, clips, frames, D), (V, clips, D) and V whole numbers")
     return Features(ids, look.astype(np.float16, copy=False), move.astype(np.float16, copy=False), appearance)
 
 

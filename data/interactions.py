@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data.batches import batch_rows, generator
-from data.safe import load_pickle, read_arrays, read_json, read_text
+from data.safe import load_pickle, read_arrays, read_json, read_text, reason
 from data.shop import shop, split_rule
 
 SPLITS = ("train", "valid", "test")
@@ -169,7 +169,10 @@ def read(path, seed):
         for s in SPLITS:
             if s not in pack:
                 raise ValueError(f"{path} has no array {s!r}; it has {', '.join(sorted(pack))}")
-        counts = [int(pack[k]) if k in pack else None for k in ("n_users", "n_items")]
+        counts = [pack.get(k) for k in ("n_users", "n_items")]
+        if odd := [x for x in counts if x is not None and (x.size != 1 or x.dtype.kind not in "iu")]:
+            raise ValueError(f"{path}: n_users and n_items must be whole numbers, one is {odd[0]!r:.60}")
+        counts = [x if x is None else int(x.item()) for x in counts]
         pairs = {s: pack[s] for s in SPLITS}
         for s, x in pairs.items():
             if x.ndim != 2 or x.shape[1] != 2 or x.dtype.kind not in "iu":
@@ -224,10 +227,10 @@ def json_pairs(path):
     try:
         pairs = [(int(u), i) for u, row in table.items() for i in row]
         if odd := [i for _, i in pairs if type(i) is not int]:
-            raise ValueError(f"item {odd[0]!r} is not a whole number")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f'{path} must hold {{"user": [item, ...]}} in whole numbers: {error}') from error
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+            raise ValueError(f"item {odd[0]!r:.40} is not a whole number")
+        return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f'{path} must hold {{"user": [item, ...]}} in whole numbers: {reason(error)}') from error
 
 
 def sparse_pairs(path):

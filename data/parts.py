@@ -98,7 +98,7 @@ def read_pack(pictures, texts, ndim):
         raise ValueError(f"{texts} has {len(rows)} lines, {pictures} has {len(images)} rows; they must match")
     for n, row in enumerate(rows):
         if row.get("index", n) != n:
-            raise ValueError(f"{texts}, line {n + 1} has index {row['index']}, expected {n}: rows in order")
+            raise ValueError(f"{texts}, line {n + 1} has index {row['index']!r:.40}, expected {n}: rows in order")
         row["captions"] = [text.strip() for text in row["captions"] if isinstance(text, str)]
     return images, rows, arrays
 

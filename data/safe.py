@@ -5,6 +5,7 @@ pickle is a program: it may only call the stand-ins of this file, which rebuild 
 bytes, so neither numpy's nor scipy's code is run by it and scipy need not be installed.
 """
 import codecs
+import csv
 import gzip
 import io
 import json
@@ -13,16 +14,18 @@ import pickle
 import re
 import struct
 import tarfile
+import tokenize
 import zipfile
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps
 
 DAMAGED = (OSError, EOFError, ValueError, KeyError, SyntaxError, struct.error, zlib.error, zipfile.BadZipFile,
-           tarfile.TarError, OverflowError, MemoryError, NotImplementedError, RuntimeError)
+           tarfile.TarError, tokenize.TokenError, OverflowError, MemoryError, NotImplementedError, RuntimeError)
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+LONGEST = 250                 # how many times as long as wide a picture may be: enlarged, it would fill the memory
 
 
 def reason(error):
@@ -31,7 +34,14 @@ def reason(error):
 
 
 def missing(path, hint=""):
-    return FileNotFoundError(f"{path} is missing" + (f": {hint}" if hint else ""))
+    return FileNotFoundError(f"{str(path):.300} is missing" + (f": {hint}" if hint else ""))
+
+
+def outside(name):
+    """Is a file name out of an archive or a list no name at all, or one that could lead out of its folder?"""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return (path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name or len(name) > 1000
+            or re.match(r"[A-Za-z]:", name) or max(len(part.encode(errors="replace")) for part in path.parts) > 240)
 
 
 # -- text, JSON and arrays -----------------------------------------------------------------------------------
@@ -65,6 +75,15 @@ def read_json(path, kind, hint=""):
     return table
 
 
+def read_rows(path, hint="", **how):
+    """A table as the csv module reads it.   how: of csv.reader   -> [(line, cells), ...]"""
+    reader = csv.reader(io.StringIO(read_text(path, hint)), **how)
+    try:
+        return [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; is it a table?") from error
+
+
 def read_jsonl(path, fields, hint=""):
     """One JSON object a line.   fields: {key: type} that every row must have   -> list of dict"""
     rows = []
@@ -86,8 +105,12 @@ def check_row(row, fields, where):
         raise ValueError(f"{where} is a {type(row).__name__}, expected an object with {', '.join(fields)}")
     for key, kind in fields.items():
         if not isinstance(row.get(key), kind) or isinstance(row.get(key), bool):
-            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise ValueError(f"{where}: {key!r} is {row.get(key, 'missing')!r:.60}, expected {names}")
+            raise ValueError(f"{where}: {key!r} is {row.get(key, 'missing')!r:.60}, expected {named(kind)}")
+
+
+def named(kind):
+    """The name of a type, or the names of several."""
+    return " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
 
 
 def read_arrays(path, names=None, hint=""):
@@ -98,11 +121,21 @@ def read_arrays(path, names=None, hint=""):
         with open(path, "rb") as file:
             found = np.load(file, allow_pickle=False)
             found = found if isinstance(found, np.ndarray) else {k: found[k] for k in (names or found.files)}
+            for x in found.values() if isinstance(found, dict) else [found]:
+                readable(x)
     except DAMAGED as error:
         raise ValueError(f"{path} is damaged, cut, or not the numpy file expected ({reason(error)})") from error
     if names and not isinstance(found, dict):
         raise ValueError(f"{path} is one array; it must be an .npz with {', '.join(names)}")
     return found
+
+
+def readable(x):
+    """An array, unless it is text with numbers that are no characters: numpy does not look."""
+    codes = np.frombuffer(x.tobytes(), np.dtype("u4").newbyteorder(x.dtype.byteorder)) if x.dtype.kind == "U" else []
+    if len(codes) and codes.max() > 0x10FFFF:
+        raise ValueError("its text is not Unicode")
+    return x
 
 
 # -- pictures ------------------------------------------------------------------------------------------------
@@ -119,12 +152,19 @@ def open_image(source, where=None, upright=False):
         raise missing(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            check_size(image)
             image.load()
             image = ImageOps.exif_transpose(image) if upright else image
             return on_white(image)
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise ValueError(f"{where} is not a picture that can be read, or it is cut ({reason(error)}); copy it "
                          "again or take it out of the list") from error
+
+
+def check_size(image, frames=1):
+    """Raises ValueError for what would fill the memory: more pixels than Pillow's limit in all, or a mere thread."""
+    if image.width * image.height * frames > Image.MAX_IMAGE_PIXELS or max(image.size) > LONGEST * min(image.size):
+        raise ValueError(f"it is too large: {frames} x {image.width} x {image.height} pixels")
 
 
 def on_white(image):
@@ -170,7 +210,7 @@ class Array:
         else:
             raw = self.raw.encode("latin1") if isinstance(self.raw, str) else self.raw       # str: Python 2
             flat = np.frombuffer(raw, self.dtype) if len(raw) else np.empty(0, self.dtype)
-        return flat.reshape(self.shape, order=self.order)
+        return readable(flat.reshape(self.shape, order=self.order))
 
 
 class Sparse:
@@ -229,8 +269,8 @@ ALLOWED = {("numpy", "dtype"): Dtype, ("numpy", "ndarray"): Array, ("_codecs", "
            **{(f"numpy.{core}.numeric", "_frombuffer"): from_buffer for core in ("core", "_core")}}
 
 
-class Reader(pickle.Unpickler):
-    """Calls only what ALLOWED names."""
+class Reader(pickle._Unpickler):
+    """Calls only what ALLOWED names. In Python: the reader in C reserves memory for as many objects as a file claims."""
 
     def find_class(self, module, name):
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)      # Python 2 names
@@ -265,13 +305,13 @@ def plain(value):
     return visit(value)
 
 
-def load_pickle(path, encoding="latin1", hint=""):
+def load_pickle(path, kind=object, hint=""):
     """A pickle of numbers, text, builtin containers, numpy arrays and scipy matrices; all else is refused.
 
-    path      a file, or bytes. A sparse matrix comes back as a dict: format, shape, data, and row, col (coo) or
-              indices, indptr (csr, csc)
-    encoding  of Python 2 strings: "latin1" keeps the bytes of arrays, "ascii" is stricter
-    raises    ValueError that names the file and the class it asked for
+    path    a file, or bytes. A sparse matrix comes back as a dict: format, shape, data, and row, col (coo) or
+            indices, indptr (csr, csc). Strings of Python 2 are read as latin1, which keeps the bytes of arrays
+    kind    the type that the outermost value must have
+    raises  ValueError that names the file and the class it asked for
     A protocol-0 pickle that went through a Windows checkout (CR LF at every line's end) is repaired on the way.
     """
     if not isinstance(path, bytes) and not Path(path).is_file():
@@ -280,18 +320,25 @@ def load_pickle(path, encoding="latin1", hint=""):
     if not raw.startswith(b"\x80") and 0 < raw.count(b"\r\n") == raw.count(b"\n"):
         raw = raw.replace(b"\r\n", b"\n")
     try:
-        return plain(Reader(io.BytesIO(raw), encoding=encoding).load())
+        found = plain(Reader(io.BytesIO(raw), encoding="latin1").load())
     except pickle.UnpicklingError as error:
         if re.fullmatch(r"[\w.<>]+\.[\w.<>]+|an array of dtype.*|text in.*", str(error)):
             raise ValueError(f"{where} is refused: the pickle asks for {error}, and only numbers, text, "
                              "containers, arrays and sparse matrices are read") from error
         raise ValueError(f"{where} is not a pickle, or it is cut ({reason(error)}); copy it again in binary "
                          "mode") from error
-    except (*DAMAGED, AttributeError, TypeError, IndexError, RecursionError) as error:
+    except (*DAMAGED, AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"{where} is not a pickle of data, or it is cut ({reason(error)}); copy it again") from error
+    return of_kind(found, kind, where)
 
 
-def load_object_array(path, hint=""):
+def of_kind(found, kind, where):
+    if not isinstance(found, kind):
+        raise ValueError(f"{where} holds one {type(found).__name__}, expected one {named(kind)}")
+    return found
+
+
+def load_object_array(path, kind=object, hint=""):
     """An .npy file of a dict, a list of arrays or an array of objects: its pickle goes through `load_pickle`."""
     if not Path(path).is_file():
         raise missing(path, hint)
@@ -302,10 +349,8 @@ def load_object_array(path, hint=""):
             dtype = (headers.read_array_header_1_0 if first else headers.read_array_header_2_0)(file)[2]
         except DAMAGED as error:
             raise ValueError(f"{path} is not an .npy file, or it is cut ({reason(error)})") from error
-        if not dtype.hasobject:
-            return read_arrays(path)
-        found = load_pickle(file.read(), hint=str(path))
-    return found.item() if isinstance(found, np.ndarray) and found.ndim == 0 else found
+        found = load_pickle(file.read(), hint=str(path)) if dtype.hasobject else read_arrays(path)
+    return of_kind(found.item() if isinstance(found, np.ndarray) and found.ndim == 0 else found, kind, path)
 
 
 # -- HDF5, which is optional ---------------------------------------------------------------------------------

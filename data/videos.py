@@ -10,7 +10,6 @@ NAMES says which question files are read; `python -m data.prepare NAME` says whe
 """
 import csv
 import functools
-import io
 import re
 import zlib
 from collections import Counter
@@ -117,19 +116,15 @@ def check_words(text, file, n):
 
 def table(file, columns, separator="\t"):
     """Rows of a text table with a header that names at least `columns`.   -> [(line, {column: text})]"""
-    text = safe.read_text(file, f"a table with {', '.join(columns)}")
-    reader = csv.DictReader(io.StringIO(text), delimiter=separator,
-                            quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE)
-    if lost := [c for c in columns if c not in (reader.fieldnames or ())]:
+    quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
+    rows = safe.read_rows(file, f"a table with {', '.join(columns)}", delimiter=separator, quoting=quoting)
+    head = rows[0][1] if rows else []
+    if lost := [c for c in columns if c not in head]:
         raise ValueError(f"{file} has no column {lost[0]!r}; its first line must name {', '.join(columns)}")
-    rows = []
-    for row in reader:
-        if any(row[c] is None for c in columns):
-            there = sum(value is not None for value in row.values())
-            raise ValueError(f"{file}, line {reader.line_num} has {there} fields, expected "
-                             f"{len(reader.fieldnames)}")
-        rows.append((reader.line_num, row))
-    return rows
+    for line, row in rows:
+        if row and len(row) < len(head):
+            raise ValueError(f"{file}, line {line} has {len(row)} fields, expected {len(head)}")
+    return [(line, dict(zip(head, row, strict=False))) for line, row in rows[1:] if row]
 
 
 def tgif(root, part, kind):
@@ -172,7 +167,10 @@ def hqga(file):
 
 def svqa(file, ids):
     """[{"id", "question", "ans", "program"}, ...]; the type is the function of the program's last step."""
-    wanted = {int(word) for word in safe.read_text(ids, "the video numbers of this part, one a line").split()}
+    told = safe.read_text(ids, "the video numbers of this part, one a line").split()
+    if odd := [word for word in told if not word.isdecimal()]:
+        raise ValueError(f"{ids} must hold the numbers of videos, one a line, not {odd[0]!r:.40}")
+    wanted = set(map(int, told))
     found = []
     for n, row in enumerate(safe.read_json(file, list, "a list of {id, question, ans, program}")):
         safe.check_row(row, {"id": int, "question": str, "program": list}, f"{file}, entry {n}")

@@ -7,19 +7,18 @@ read_state, load_checked, sha256     somebody else's weights: any of the two for
 import hashlib
 import json
 import os
-import pickle
 import struct
-import zipfile
 from pathlib import Path
 
 import torch
+
+from data.safe import missing, reason
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
 LONGEST_HEADER = 100_000_000     # bytes; the limit of the format's own reader: a bad length cannot fill memory
-READING = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 def write_aside(path, write, before=None):
@@ -59,11 +58,18 @@ def load_checkpoint(path, device="cpu"):
     """Read what `save_checkpoint` wrote.   raises FileNotFoundError or ValueError, each with what to type"""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing: train first, or point --ckpt at another checkpoint")
+    found = torch_load(path, "is damaged or not a checkpoint of this project", device)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a checkpoint of this project: it holds one {type(found).__name__}")
+    return found
+
+
+def torch_load(path, complaint, device="cpu"):
+    """torch's weights-only reader, which raises whatever the bytes of a damaged file lead it to."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except READING as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
+    except Exception as error:
+        raise ValueError(f"{path} {complaint} ({reason(error)})") from error
 
 
 # -- safetensors ---------------------------------------------------------------------------------------------
@@ -165,12 +171,8 @@ def read_state(path):
         return read_safetensors(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing: a file of weights (.safetensors, .pt, .bin) was expected there")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except READING as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged, or holds more than plain tensors, which is refused because reading it "
-                         f"would run code ({reason})") from error
+    state = torch_load(path, "is damaged, or holds more than plain tensors, which is refused because reading it would "
+                             "run code")
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

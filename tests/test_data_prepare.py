@@ -393,8 +393,12 @@ def test_a_pickle_that_is_a_program_is_refused_by_name(tmp_path, capsys, raw):
     assert "never be printed" not in capsys.readouterr().out and "\n" not in str(caught.value)
 
 
+def test_a_pickle_that_numbers_its_objects_from_two_thousand_millions_costs_nothing():
+    assert safe.load_pickle(b"S'a'\nr\xff\xff\xff\x7f.") == "a", "the reader in C would clear 32 GiB first"
+
+
 @pytest.mark.parametrize("raw", [b"", b"abc", b"\x80\x05\x96" + (2**45).to_bytes(8, "little"),
-                                 b"S'a'\nr\xff\xff\xff\x7f.", b"P1\n.",
+                                 b"P1\n.",
                                  b"\x80\x04]\x94h\x05.", b"(" * 3000, pickle.dumps(VALUES)[:-40]])
 def test_a_damaged_pickle_is_a_sentence(raw):
     with pytest.raises(ValueError, match="the pickle is not a pickle|the pickle is refused") as caught:
