@@ -87,10 +87,11 @@ class Painter:
         return torch.cat([self.generator(z, e, self.words.clip).clamp(-1, 1) for z, e in parts])
 
     def attribute(self, pictures, sentence, word):
-        """Where CLIP sees a word: Grad-CAM of what the word adds to the similarity.   -> pictures under heat (N, 3, S, S)
+        """Where CLIP sees a word: what each patch adds to the word's score.   -> map (N, S, S) in [0, 1], pictures under it
 
-        The score is cos(picture, sentence) - cos(picture, sentence without the word); the activation is the token map that
-        enters CLIP's last block, the last one through which the patches still reach the class token.
+        The score is cos(picture, sentence) - cos(picture, sentence without the word); a patch adds activation times gradient,
+        taken where the tokens enter CLIP's last block, the last place from which they still reach the class token. Grad-CAM,
+        which averages gradients over patches first, points off the object there: position is in the tokens themselves.
         """
         kept = [w for w in sentence.split() if w.strip(".,").lower() != word.lower()]
         if len(kept) == len(sentence.split()):
@@ -104,8 +105,7 @@ class Painter:
             hook.remove()
             score = F.cosine_similarity(image, whole[None]) - F.cosine_similarity(image, rest[None])
             slope = torch.autograd.grad(score.sum(), caught[0])[0]
-        tokens, slope = (clip.visual.as_map(x).detach().contiguous() for x in (caught[0], slope))
-        return show((tokens, slope), pictures, normalise="max")[1]
+        return show(clip.visual.as_map((caught[0] * slope).detach()).sum(1).relu(), pictures, normalise="max")
 
 
 def between(a, b, frames):
@@ -154,7 +154,7 @@ def main(argv):
         noise, told = painter.noise(options.n, options.seed, options.truncation), painter.read(sentences)
         pictures = painter.paint(noise.repeat(len(told), 1), told.repeat_interleave(options.n, 0))
         if options.attribute:
-            seen = torch.cat([painter.attribute(part, text, options.attribute)
+            seen = torch.cat([painter.attribute(part, text, options.attribute)[1]
                               for part, text in zip(pictures.split(options.n), sentences, strict=True)])
             pairs = [(a, b) for a, b in zip(pictures, seen, strict=True)]
             panels(options.out, [[(p, "") for p in row] for start in range(0, len(pairs), 8)

@@ -37,26 +37,27 @@ class Config:
     clip: str = ""                   # file of CLIP's weights, such as ViT-B-32.pt; empty: the small CLIP shipped here
     vocabulary: str = ""             # OpenAI's bpe_simple_vocab_16e6.txt.gz; empty: beside --clip
     objects: int = 1                 # builtin: most things in a picture, 1 to 3
-    full: float = 0.5                # builtin: share of captions that tell every attribute; the others leave things out
+    full: float = 0.75               # builtin: share of captions that tell every attribute; the others leave things out
     seed: int = 0                    # random seed
     steps: int = 1500                # optimiser steps
     eval_every: int = 250            # steps between evaluations
     patience: int = 0                # evaluations without improvement before stopping; 0: never
-    batch: int = 32                  # pictures in a step, B (official: 64 on each of 8 GPUs)
+    batch: int = 16                  # pictures in a step, B (official: 64 on each of 8 GPUs)
     noise: int = 32                  # width of z (official: 100)
-    base: int = 16                   # channels at the picture's side, nf (official: 64)
-    widest: int = 4                  # most channels of the image generator, times base (official: 8)
+    base: int = 8                    # channels at the picture's side, nf (official: 64)
+    widest: int = 8                  # most channels of the image generator, times base (official: 8)
     bridge: tuple = (32, 16, 2)      # bridge predictor: channels, hidden channels, blocks (official: 64, 32, 4)
     prompt_layers: tuple = (1, 2)    # CLIP blocks, from 0, that see a prompt (official: 1 to 8)
-    taps: tuple = (0, 1, 2)          # CLIP blocks, from 0, whose output the critic sees (official: 1, 4, 8)
+    taps: tuple = (0, 2, 3)          # CLIP blocks, from 0, whose output the critic sees (official: 1, 4, 8)
     channels: int = 64               # of the critic's features (official: 512)
     hidden: int = 64                 # channels of the quality assessor (official: 128)
-    lr_g: float = 4e-4               # Adam step size of the generator (official: 1e-4)
-    lr_d: float = 8e-4               # Adam step size of the critic (official: 4e-4)
+    gates: float = 1.0               # what the critic's gates start at (official: 0, which a short run never opens)
+    lr_g: float = 1e-3               # Adam step size of the generator (official: 1e-4)
+    lr_d: float = 2e-3               # Adam step size of the critic (official: 4e-4)
     clip_weight: float = 4.0         # of the CLIP similarity, lambda (official: 4)
     penalty: float = 2.0             # of the gradient penalty, k; its power is 6
     penalty_form: str = "code"       # code: one norm of both gradients; paper: the sum of two norms
-    ema: float = 0.99                # decay of the averaged generator that draws and is judged (official: none, 0)
+    ema: float = 0.995               # decay of the averaged generator that draws and is judged (official: none, 0)
     critic: str = "clip"             # clip: the paper's; plain: DF-GAN's on pixels
     mapper: bool = True              # frozen CLIP inside the generator
     prompts: bool = True             # prompts inside the mapper
@@ -81,7 +82,7 @@ def paper(name):
     epoch = max(1, pictures[name] // 512)                     # about 1000 epochs for coco, by the author's word
     return {"data": name, "steps": 1000 * epoch, "eval_every": 10 * epoch, "batch": 512, "noise": 100, "base": 64, "widest": 8,
             "bridge": (64, 32, 4), "prompt_layers": tuple(range(1, 9)), "taps": (1, 4, 8), "channels": 512, "hidden": 128,
-            "lr_g": 1e-4, "lr_d": 4e-4, "ema": 0.0}
+            "gates": 0.0, "lr_g": 1e-4, "lr_d": 4e-4, "ema": 0.0}
 
 
 def candidates(texts):
@@ -98,8 +99,8 @@ def networks(cfg, clip):
     painter = Generator(clip.width, clip.grid, clip.visual.patch, clip.embed, cfg.noise, cfg.base, cfg.bridge, cfg.prompt_layers,
                         cfg.mapper, cfg.prompts, cfg.widest)
     if cfg.critic == "plain":
-        return painter, PlainCritic(clip.size, clip.embed, cfg.base)
-    return painter, Critic(clip.width, clip.grid, clip.embed, cfg.taps, cfg.channels, cfg.hidden)
+        return painter, PlainCritic(clip.size, clip.embed, cfg.base, cfg.gates)
+    return painter, Critic(clip.width, clip.grid, clip.embed, cfg.taps, cfg.channels, cfg.hidden, cfg.gates)
 
 
 class Task:
