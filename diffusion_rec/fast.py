@@ -73,6 +73,14 @@ def reconstruction_naive(h, out, bias, target, click_weight=1.0):
     return (w * (target.dense() - (h @ out.T + bias)).square()).sum(1)
 
 
+def cross_entropy(h, out, bias, target):
+    """- sum_i f_i log softmax(y)_i over all items; only the normaliser needs the scores y = V h + b (B, I).   -> (B,)"""
+    y, row = observed(h, out, bias, target.rows), target.rows.row_of
+    norm = torch.addmm(bias, h, out.T).logsumexp(1)                                 # (B,)
+    everywhere = target.low * (h @ out.sum(0) + bias.sum() - len(out) * norm)
+    return -everywhere.index_add(0, row, (target.value - target.low[row]) * (y - norm[row]))
+
+
 def observed(h, out, bias, rows):
     """Scores of the listed entries only.   rows Graph (B, I) with E entries -> (E,)"""
     col = rows.col.long()

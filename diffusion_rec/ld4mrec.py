@@ -324,9 +324,12 @@ class LD4MRec(nn.Module):
         return soft_target(cfg.soft_target, cfg.p, cfg.gamma, rows, share, each, score)
 
     def reconstruction(self, h, target):
-        """|| f_S - x_hat ||^2 of every user.   h (B, d) -> (B,)"""
-        squared = fast.reconstruction if self.cfg.loss == "closed" else fast.reconstruction_naive
-        return squared(h, self.table_out, self.bias_out, target, self.cfg.click_weight)
+        """|| f_S - x_hat ||^2 of every user, or the cross-entropy between them.   h (B, d) -> (B,)"""
+        cfg = self.cfg
+        if cfg.objective == "ce":
+            return fast.cross_entropy(h, self.table_out, self.bias_out, target)
+        squared = fast.reconstruction if cfg.loss == "closed" else fast.reconstruction_naive
+        return squared(h, self.table_out, self.bias_out, target, cfg.click_weight)
 
     # -- inference (section 6) --
 

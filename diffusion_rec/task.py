@@ -26,7 +26,8 @@ MODELS = {"ld4mrec": LD4MRec, "diffrec": rivals.DiffRec, "autoencoder": rivals.A
 WORDS = {"model": tuple(MODELS), "inference": ("forward_free", "one_step", "chain"), "order": ("BDBG", "BGBD", "single"),
          "cond": ("add", "film", "concat"), "modality_weights": ("personal", "uniform"), "collab": ("svd", "raw", "lightgcn"),
          "soft_target": ("user_level", "positive_only", "neighbour", "off"), "t_sampling": ("importance", "uniform"),
-         "weighting": ("none", "snr"), "acts_on": ("clicks", "state"), "noise": ("latent", "dense"), "loss": ("closed", "dense")}
+         "weighting": ("none", "snr"), "acts_on": ("clicks", "state"), "noise": ("latent", "dense"), "objective": ("mse", "ce"),
+         "guides_see": ("whole", "shown"), "loss": ("closed", "dense")}
 
 
 @dataclass
@@ -52,9 +53,9 @@ class Config:
     order: str = "BDBG"              # denoise then guide; BGBD: guide first; single: no BG, preference enters BD
     cond: str = "add"                # how time and collaborative signal enter BD: add, film or concat
     time_width: int = 16             # width of the time representation, d_t
-    dropout: float = 0.3             # inside BD
-    dropout_in: float = 0.3          # share of the input's clicks forgotten in training (DiffRec: 0.5)
-    normalise: bool = True           # input rows get length 1
+    dropout: float = 0.5             # inside BD
+    dropout_in: float = 0.7          # share of the input's clicks forgotten in training (DiffRec: 0.5)
+    normalise: bool = False          # input rows get length 1
     acts_on: str = "clicks"          # what the two above act on: clicks (exact shortcuts hold) or state (x_t, as DiffRec)
     zero_start: bool = True          # last layer of each block starts at zero
     guide_collab: bool = True        # collaborative signal c_u
@@ -64,7 +65,7 @@ class Config:
     guide_modality: bool = True      # modality preference p_um
     modality_weights: str = "personal"   # a_m per user, or uniform
     befa: bool = False               # BeFA's adapter rebuilds content under the items' behaviour rows
-    guides_see: str = "shown"        # conditions are computed from the clicks left by dropout_in (shown) or all (whole)
+    guides_see: str = "whole"        # conditions are computed from all clicks, or from those left by dropout_in (shown)
     T: int = 10                      # diffusion steps
     scale: float = 1e-2              # noise scale s
     low: float = 1e-3                # a_min of the schedule
@@ -77,7 +78,8 @@ class Config:
     p: float = 0.2                   # soft probability
     gamma: float = 0.05              # smoothing intensity
     neighbours: int = 20             # items near each click in the neighbour form
-    click_weight: float = 1.0        # weight of a click's squared error beside a zero's
+    objective: str = "mse"           # squared error, or ce: cross-entropy over items (optional; its scores are no x_0, so no chain)
+    click_weight: float = 10.0       # weight of a click's squared error beside a zero's
     inference: str = "forward_free"  # forward_free, one_step (version 1) or chain
     corrupt: int = 0                 # steps of noise before a chain (or one_step: 1 at least)
     noise: str = "latent"            # latent: drawn in d dimensions; dense: in I, the naive twin
@@ -100,6 +102,8 @@ class Config:
                 raise ValueError(f"--{name}={getattr(self, name)} is out of range: choose {least} to {most}")
         if self.acts_on == "state" and self.noise == "latent":
             raise ValueError("--acts_on=state needs x_t written out: pass --noise=dense as well")
+        if self.objective == "ce" and self.inference == "chain":
+            raise ValueError("--objective=ce learns scores, not x_0, so a chain has no state to go to: pass --objective=mse")
         if self.model == "popularity":                       # nothing to train: one step of nothing, one evaluation
             self.steps = self.eval_every = 1
 
@@ -111,7 +115,9 @@ def paper(name):
     return {"data": "tiktok", "modalities": ("image", "audio"), "batch": 1024, "width": 256, "eval_every": 20, "steps": 1000, "patience": 10}
 
 
-DIFFREC = {"model": "diffrec", "rho": 0.0, "inference": "chain", "soft_target": "off"}
+DIFFREC = {"model": "diffrec", "rho": 0.0, "inference": "chain", "soft_target": "off", "objective": "mse"}
+OFFICIAL = DIFFREC | {"noise": "dense", "acts_on": "state", "normalise": True, "dropout_in": 0.5, "click_weight": 1.0, "weighting": "snr",
+                      "T": 5, "scale": 1e-4, "low": 5e-4, "high": 5e-3, "first_beta": 1e-5}      # its published example
 
 
 class Task:
@@ -122,8 +128,8 @@ class Task:
     ablations = {
         "full": {}, "w/o collaborative signal": {"guide_collab": False}, "w/o modality preference": {"guide_modality": False},
         "w/o soft target": {"soft_target": "off"}, "one step (version 1)": {"inference": "one_step"},
-        "chain T=5": {"inference": "chain", "T": 5}, "chain T=20": {"inference": "chain", "T": 20},
-        "BeFA adapter": {"befa": True}, "DiffRec": DIFFREC, "DiffRec, official arithmetic": DIFFREC | {"noise": "dense", "acts_on": "state"},
+        "chain T=5": {"inference": "chain", "T": 5, "objective": "mse"}, "chain T=20": {"inference": "chain", "T": 20, "objective": "mse"},
+        "BeFA adapter": {"befa": True}, "DiffRec": DIFFREC, "DiffRec, its own settings": OFFICIAL,
         "autoencoder": {"model": "autoencoder", "rho": 1.0, "soft_target": "off"}, "LightGCN": {"model": "lightgcn", "lr": 5e-3},
         "popularity": {"model": "popularity"},
     }
@@ -197,7 +203,8 @@ class Task:
         (folder / "rankings.txt").write_text("\n".join([*self.planted(), *self.lists(5)]) + "\n")
         if not isinstance(self.model, LD4MRec):
             return
-        self.draw_steps(folder / "steps.png")
+        if self.cfg.objective == "mse":
+            self.draw_steps(folder / "steps.png")
         p, loss = self.model.times.probabilities(), self.model.times.loss_history.mean(1)
         times = list(range(1, self.cfg.T + 1))
         curves(folder / "times.png", [("mean of the last 10 losses at t", {"loss": (times, loss.tolist())}, {}),

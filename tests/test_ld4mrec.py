@@ -172,6 +172,15 @@ def test_closed_loss_equals_the_dense_one_in_value_and_gradient(form, click_weig
         assert torch.allclose(quick, naive, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("form", ["off", "user_level", "positive_only"])
+def test_cross_entropy_is_the_textbook_sum(form):
+    train, _ = toy()
+    target, rng = soft(form, Graph.from_edges(train[:, 0], train[:, 1], (20, 15)).rows(USERS)), generator(6)
+    h, out, bias = (leaf(*shape, rng=rng) for shape in ((8, 6), (15, 6), (15,)))
+    naive = -(target.dense().double() * (h @ out.T + bias).log_softmax(1)).sum(1)
+    assert torch.allclose(fast.cross_entropy(h, out, bias, target), naive, atol=1e-5)
+
+
 def test_gathered_input_equals_the_dense_product():
     train, _ = toy()
     rows = fast.unit_rows(Graph.from_edges(train[:, 0], train[:, 1], (20, 15)).rows(USERS))
@@ -332,7 +341,7 @@ SWITCHES = [{"order": "BGBD"}, {"order": "single"}, {"cond": "film"}, {"cond": "
             {"t_sampling": "uniform"}, {"weighting": "snr"}, {"noise": "dense", "acts_on": "state"}, {"loss": "dense"}, {"rho": 0.0}, {"rho": 1.0},
             {"guides_see": "whole"}, {"normalise": False}, {"zero_start": False}, {"T": 1}, {"first_beta": 1e-5}, {"guide_collab": False},
             {"guide_modality": False}, {"guide_collab": False, "guide_modality": False}, {"layers": 3}, {"scale": 0.0}, {"width": 40, "svd": 32},
-            {"click_weight": 4.0}, {"model": "diffrec"}, {"model": "autoencoder"}, {"model": "lightgcn"}]
+            {"click_weight": 4.0}, {"objective": "ce"}, {"model": "diffrec"}, {"model": "autoencoder"}, {"model": "lightgcn"}]
 
 
 @pytest.mark.parametrize("changes", SWITCHES, ids=str)
@@ -403,7 +412,7 @@ def test_shards_average_to_the_whole_batch(changes, monkeypatch):
     model = toy_model(kind, dropout=0.2, dropout_in=0.3, **{k: v for k, v in changes.items() if k != "model"}).train()
     whole = gradients(model, loss_of(model, USERS))
     monkeypatch.setattr(parallel, "world", lambda: 2)
-    monkeypatch.setattr(parallel, "average_", lambda tensors: None)
+    monkeypatch.setattr(parallel, "average_", lambda tensors: [x.div_(2) for x in tensors])
     halves = []
     for rank in (0, 1):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
@@ -504,7 +513,7 @@ def test_recommend_says_what_is_wrong(tmp_path):
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"inference": "quick"}, "--inference=quick is unknown; choose forward_free"), ({"model": "mf"}, "--model=mf is unknown"),
     ({"T": 0}, "--T=0 is out of range"), ({"gamma": 0.6}, "--gamma=0.6"), ({"corrupt": 11}, "--corrupt=11"),
-    ({"acts_on": "state"}, "pass --noise=dense"), ({"low": 0.5}, "0 < low <= high"), ({"modalities": ("smell",)}, "no modality 'smell'"),
+    ({"acts_on": "state"}, "pass --noise=dense"), ({"objective": "ce", "inference": "chain"}, "pass --objective=mse"), ({"low": 0.5}, "0 < low <= high"), ({"modalities": ("smell",)}, "no modality 'smell'"),
     ({"modalities": ("none",)}, "pass --guide_modality=false")])
 def test_an_impossible_configuration_is_answered_with_a_sentence(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
