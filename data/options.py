@@ -31,7 +31,7 @@ def convert(name, text, default):
         return type(default)(text)
     except (KeyError, ValueError):
         want = {bool: "true or false", int: "a whole number", float: "a number"}.get(type(default), "a value")
-        raise ValueError(f"--{name}={text} should be {want}, such as --{name}={default}") from None
+        raise ValueError(f"--{name}={text:.60} should be {want}, such as --{name}={default}") from None
 
 
 def parse(argv, *configs, command="the command"):
@@ -45,13 +45,13 @@ def parse(argv, *configs, command="the command"):
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"cannot read '{word}': options look like --steps=100 or --steps 100")
+            raise ValueError(f"cannot read '{word:.60}': options look like --steps=100 or --steps 100")
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
         if name not in defaults:
             near = difflib.get_close_matches(name, defaults, 1)
             hint = f"did you mean --{near[0]}?" if near else f"{command} --help lists them"
-            raise ValueError(f"unknown option --{name}; {hint}")
+            raise ValueError(f"unknown option --{name:.60}; {hint}")
         if not equals:
             if words and not words[0].startswith("--"):
                 text = words.pop(0)

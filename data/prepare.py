@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from data import captions, frames, interactions, stories, videos
 from data.archives import unpack
+from data.safe import reason
 
 HOST = "https://github.com"               # --mirror=URL replaces it by a server with the same paths
 BLOCK = 2**18                             # bytes read at a time
@@ -156,11 +157,11 @@ def transfer(url, part, start, size, timeout):
                     have, got = have + len(block), got + len(block)
                     bar.update(len(block))
     except urllib.error.HTTPError as error:
-        raise ValueError(f"{url} answers {error.code} {error.reason}; the file may have moved") from error
+        raise ValueError(f"{url} answers {error.code} {reason(error.reason)}; the file may have moved") from error
     except http.client.IncompleteRead:
         part.touch()                      # cut by the server: what came so far is kept, and counted by fetch
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-        raise ValueError(f"{url} cannot be reached ({getattr(error, 'reason', error)}); the same command tries "
+        raise ValueError(f"{url} cannot be reached ({reason(getattr(error, 'reason', error))}); the same command tries "
                          "again") from error
     return got
 
@@ -261,7 +262,7 @@ def main(argv=None):
         print(*(f"{key:12} {'fetched' if key in FETCH else 'by hand':8} {PLACES[key][0]}" for key in PLACES), sep="\n")
         return
     if name not in PLACES:
-        raise ValueError(f"data set {name!r} is unknown; there are {', '.join(PLACES)}")
+        raise ValueError(f"data set {name!r:.60} is unknown; there are {', '.join(PLACES)}")
     root = Path(args.root or f"datasets/{name}")
     if args.unpack:
         print(f"{unpack(args.unpack, root):,} files unpacked into {root}")

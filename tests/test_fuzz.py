@@ -4,9 +4,10 @@ A case is a small valid folder, one to three mutations drawn from (target, numbe
 with it. What may come out is success, or a ValueError or FileNotFoundError of one line that names a file. Meanwhile no
 file changes, nothing lands outside, no code inside a file runs, and time and memory stay small.
 
-    python -m pytest tests/test_fuzz.py             about 350 cases
-    python -m pytest tests/test_fuzz.py --slow      2,500 more
+    python -m pytest tests/test_fuzz.py             400 cases
+    python -m pytest tests/test_fuzz.py --slow      3,100 more
 """
+import gzip
 import hashlib
 import io
 import json
@@ -15,7 +16,10 @@ import pickle
 import random
 import resource
 import shutil
+import socket
 import struct
+import tarfile
+import threading
 import time
 import zipfile
 from unittest import mock
@@ -25,6 +29,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train
 from data import (
     archives,
     captions,
@@ -32,6 +37,7 @@ from data import (
     edits,
     frames,
     interactions,
+    options,
     prepare,
     safe,
     stories,
@@ -41,6 +47,7 @@ from data import (
 )
 from tests import test_clip, test_data_captions, test_data_interactions, test_data_stories, test_data_videos
 
+pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")     # the error follows
 QUICK, ALL = 6, 52                # cases of a target: by default, with --slow
 SECONDS, MIB = 4, 400             # what one case may use
 
@@ -247,7 +254,6 @@ def bought(root):
 
 
 def vocabulary(root):
-    import gzip
     told = "\n".join(['"version"', *(f"x{n} y{n}" for n in range(60)), ""])
     (root / "bpe.txt.gz").write_bytes(gzip.compress(told.encode()))
     (root / "merges.txt").write_text(told)
@@ -277,7 +283,8 @@ def read_weights(name):
 
 def small_clip(root):
     tiny = test_clip.tiny(width=16, depth=1)
-    weights.write_safetensors(root / "hf" / "model.safetensors", test_clip.hugging_face(tiny)) if (root / "hf").mkdir() is None else 0
+    (root / "hf").mkdir()
+    weights.write_safetensors(root / "hf" / "model.safetensors", test_clip.hugging_face(tiny))
     torch.save(clip.official_names(tiny), root / "clip.pt")
 
 
@@ -285,7 +292,6 @@ def archive(root):
     with zipfile.ZipFile(root / "x.zip", "w", zipfile.ZIP_DEFLATED) as made:
         for name in ("a/b.txt", "a/c.bin", "top.txt"):
             made.writestr(name, name * 40)
-    import tarfile
     with tarfile.open(root / "x.tar.gz", "w:gz") as made:
         for name in ("a/b.txt", "top.txt"):
             info = tarfile.TarInfo(name)
@@ -650,8 +656,9 @@ def cases(target, numbers, whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_unspoilt_folder_is_read(target, template):
-    TARGETS[target][1](template(target)) if not target.startswith("archive") else None
+def test_the_unspoilt_folder_is_read(target, template, tmp_path):
+    shutil.copytree(template(target), tmp_path / "set")
+    TARGETS[target][1](tmp_path / "set")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -664,3 +671,128 @@ def test_spoilt_files_end_in_a_sentence_and_nothing_else(target, template, tmp_p
 def test_many_spoilt_files_end_in_a_sentence_and_nothing_else(target, template, tmp_path, monkeypatch):
     told = cases(target, range(QUICK, ALL), template(target), tmp_path, monkeypatch)
     assert sum(map(bool, told)) >= len(told) // 8, "the mutations of this target hardly do anything"
+
+
+# -- downloads -------------------------------------------------------------------------------------------------------
+
+
+def download(rng, tmp_path):
+    """A server that sends a spoilt answer, perhaps to somebody who has a spoilt part already."""
+    body, file = rng.randbytes(3000), tmp_path / "x.bin"
+    if rng.random() < 0.5:
+        (tmp_path / "x.bin.part").write_bytes(rng.choice([body[:700], body[:700], body, rng.randbytes(50), body + b"x"]))
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 3000\r\n\r\n" + body
+    if rng.random() < 0.3:
+        answer = b"HTTP/1.1 206 OK\r\nContent-Range: bytes 700-2999/3000\r\nContent-Length: 2300\r\n\r\n" + body[700:]
+    if (way := rng.random()) < 0.4:
+        answer = spoil_bytes(rng, answer[:90]) + answer[90:]
+    elif way < 0.6:
+        head, _, rest = answer.partition(b"\r\n")
+        more = ["Content-Length: -1", "Content-Length: x", "Transfer-Encoding: chunked", "Content-Range: bytes -5-x/9", "Location: file:///", "a" * 70_000]
+        answer = head.replace(b"200", rng.choice([b"200", b"302", b"404", b"999", b"0"])) + b"\r\n" + rng.choice(more).encode() + b"\r\n" + rest
+    elif way < 0.8:
+        answer = spoil_bytes(rng, answer)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(5)
+
+        def serve():
+            try:
+                with server.accept()[0] as client:
+                    client.recv(4096)
+                    client.sendall(answer)
+            except OSError:
+                pass                                     # nobody asked, or hung up
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/x.bin"
+        try:
+            prepare.fetch(url, file, len(body), hashlib.sha256(body).hexdigest(), timeout=2)
+        except Exception as error:
+            sentence(error, [url, str(file)])
+    assert not file.exists() or file.read_bytes() == body, "the final name holds something else"
+    assert {path.name for path in tmp_path.iterdir()} <= {"x.bin", "x.bin.part"}
+
+
+def downloads(numbers, tmp_path):
+    for number in numbers:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        download(random.Random(f"download {number}"), folder)
+
+
+def test_a_spoilt_download_never_gets_the_final_name(tmp_path):
+    downloads(range(20), tmp_path)
+
+
+@pytest.mark.slow
+def test_many_spoilt_downloads_never_get_the_final_name(tmp_path):
+    downloads(range(20, 150), tmp_path)
+
+
+# -- command lines ---------------------------------------------------------------------------------------------------
+
+WORDS = ["", "-", "--", "---", "=", "--=", "a", "--x", "--lr", "lr=1", "--steps=", "--no-fresh", "-h=1", "--\u2603=1", "\udcff", "--seed\0=1", "--" + "a" * 9000]
+VALUES = ["", "0", "-1", "1e999", "nan", "-inf", "1_000", "\u0663", "0x10", "9" * 5000, "1e-400", "true", "maybe", "None", "a,b", ",", "1,,2", "1,x",
+          "\u2603", "\udcff", "..", "a\0b", " 7 ", "{}", "builtin", "x" * 9000]
+
+
+def command_line(rng, module):
+    """Words for one model: known options, misspelt ones, odd values, odd words."""
+    names = [*options.fields(module.Config), *options.fields(train.Run)]
+    typed = []
+    for _ in range(rng.choice((1, 2, 3, 8))):
+        name, value = rng.choice(names), rng.choice([rng.choice(VALUES), str(rng.randrange(-10, 10**6))])
+        if rng.random() < 0.15:
+            name = "".join(rng.sample(name, len(name)))
+        name = name.replace("_", rng.choice("_-"))
+        typed += rng.choice([[f"--{name}={value}"], [f"--{name}", value], [f"--{name}"], [rng.choice(WORDS)]])
+    return [word for word in typed if word not in ("-h", "--help")]
+
+
+def command_lines(numbers, monkeypatch):
+    """Everything that happens before a task is built: parsing, presets, the configuration's own checks."""
+    monkeypatch.setattr(train, "MODELS", {**train.MODELS, **train.HELPERS})
+    for name in ("fit", "ablate", "evaluate_checkpoint"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+    monkeypatch.setattr(train, "build", lambda *_: [None])
+    monkeypatch.setattr(train, "report", mock.Mock())
+    models = [name for name, about in train.MODELS.items() if train.module_file(about[0]).exists()]
+    wrong = 0
+    for number in numbers:
+        rng = random.Random(f"command {number}")
+        model = rng.choice(models)
+        argv = command_line(rng, train.find_model(model)[1])
+        model = model if rng.random() < 0.9 else rng.choice(["", "mgvcn", "galpi", "\u2603", "--", "../data", "\udcff", "x" * 90])
+        try:
+            train.main([model, *argv])
+        except Exception as error:
+            wrong += 1
+            if type(error) is not ValueError or "\n" in str(error) or len(str(error)) > 400:
+                raise AssertionError(f"case {number}: {model} {argv}: {type(error).__name__}: {error}"[:2000]) from error
+    return wrong
+
+
+def test_odd_command_lines_end_in_a_sentence(monkeypatch):
+    assert command_lines(range(60), monkeypatch) > 30
+
+
+@pytest.mark.slow
+def test_many_odd_command_lines_end_in_a_sentence(monkeypatch):
+    command_lines(range(60, 1000), monkeypatch)
+
+
+def test_odd_command_lines_of_prepare_end_in_a_sentence(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(0)
+    for _ in range(60):
+        name = rng.choice([*prepare.PLACES, *WORDS])
+        more = [f"{rng.choice(['--root', '--unpack', '--mirror', '--check', '--x', '--mi'])}={rng.choice(VALUES)}"]
+        argv = [name, "--mirror=ftp://x", *more, *rng.choice([["--check"], []])]
+        try:
+            prepare.main([word for word in argv if word not in ("-h", "--help")])
+        except SystemExit as stop:
+            assert stop.code == 2, "argparse's own sentence"
+        except Exception as error:
+            if not isinstance(error, ValueError | OSError) or "\n" in str(error):          # the others are not shown as a line
+                raise AssertionError(f"{argv}: {type(error).__name__}: {error}"[:2000]) from error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing may be written"
