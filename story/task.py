@@ -368,14 +368,16 @@ class Task:
         data, rows = self.data["test"], list(range(6))
         real, told = data.frames(rows), [data.captions[row] for row in rows]
         F_ = self.frames
-        masks = {"visualise": [1] * F_, "continue": [0] + [1] * (F_ - 1), "fill in": [0] + [1] * (F_ - 2) + [0]}
+        masks = {"visualise": [1] * F_, "continue": [0] + [1] * (F_ - 1), "complete": [0] + [1] * (F_ - 2) + [0]}
         drawn = {task: self.draw(real, told, torch.tensor([mask] * 6).float()).cpu() for task, mask in masks.items()}
         lines = []
-        for i in range(3):
-            lines.append([(x, text) for x, text in zip(real[i], told[i], strict=True)])
-            for task, mask in masks.items():
-                lines.append([(x if m else outlined(x), f"{task}: {'drawn' if m else 'given'}") for x, m in zip(drawn[task][i], mask, strict=True)])
-        panels(folder / "stories.png", lines, 128, "held-out stories: the true frames with their sentences, then each task (given frames outlined)")
+        for i in range(4):
+            blocks = [list(zip(real[i], told[i], strict=True))] + [
+                [(x if m else outlined(x), f"{task}: {'drawn' if m else 'given'}") for x, m in zip(drawn[task][i], mask, strict=True)]
+                for task, mask in masks.items()]
+            lines += [blocks[0] + blocks[1], blocks[2] + blocks[3]]
+        panels(folder / "stories.png", lines, 96, "held-out stories, two lines each: the true frames with their sentences and all frames drawn; "
+               "continued from the first frame, and filled in between the first and the last (given frames outlined)")
         mask = torch.ones(1, F_)
         rows = [[(x, f"seed {seed}") for x in self.draw(real[:1], told[:1], mask, seed).cpu()[0]] for seed in range(3)]
         panels(folder / "seeds.png", [[(x, text) for x, text in zip(real[0], told[0], strict=True)], *rows], 128,

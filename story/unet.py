@@ -230,3 +230,30 @@ class UNet(nn.Module):
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x, size=skips[-1].shape[2:])       # odd sides come back exactly
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def from_official(state_dict, heads=8, groups=32):
+    """UNet with the weights of a diffusers state dict; its sizes are read from the names and shapes.
+
+    heads, groups   what no tensor tells; Stable Diffusion 1.5's by default
+    raises          ValueError listing what is missing, unknown or misshapen. The single-file layout (model.diffusion_model...)
+                    is not read: save it in the diffusers layout first
+    """
+    def count(prefix):
+        return len({name[len(prefix):].split(".")[0] for name in state_dict if name.startswith(prefix)})
+
+    levels = count("down_blocks.")
+    try:
+        widths = tuple(len(state_dict[f"down_blocks.{i}.resnets.0.conv1.bias"]) for i in range(levels))
+        attention = tuple(count(f"down_blocks.{i}.attentions.") > 0 for i in range(levels))
+        context = state_dict["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
+        channels = state_dict["conv_in.weight"].shape[1]
+    except KeyError as error:
+        raise ValueError(f"not a diffusers UNet: {error.args[0]} is missing") from None
+    model = UNet(channels, widths, attention, count("down_blocks.0.resnets."), heads, context, groups)
+    ours = model.state_dict()
+    wrong = sorted(set(ours) ^ set(state_dict)) or [k for k in ours if ours[k].shape != state_dict[k].shape]
+    if wrong:
+        raise ValueError(f"not a diffusers UNet: missing, unknown or misshapen {wrong[:5]}")
+    model.load_state_dict(state_dict)
+    return model

@@ -107,10 +107,10 @@ def test_stage_one_of_another_run_is_taken_over(run):
 
 
 def test_one_story_batch_is_learnt_by_heart():
-    t = task(base_steps=0, lr=1e-2, anneal=1000, drop=0.0, drop_one=0.0)
+    t = task(base_steps=0, lr=6e-3, widths=(16, 32), drop=0.0, drop_one=0.0)
     rows, seed = next(iter(t.batches(0, 0, 1)))
     losses = []
-    for step in range(150):
+    for step in range(140):
         torch.manual_seed(step % 2)
         losses.append(float(t.update((rows, seed), step)["story loss"]))
     first, last = sum(losses[:8]) / 8, sum(losses[-8:]) / 8
@@ -140,7 +140,7 @@ def test_five_frames_lie_on_six_cells_and_the_blank_one_never_counts():
 @pytest.mark.parametrize("switches, sentence", [
     ({"mode": "all"}, "--mode=all is unknown; choose both, frame, story, joint"),
     ({"tasks": ("visualise", "infill")}, "infill is unknown; choose from visualise, continue, complete"),
-    ({"size": 20}, "--size=20 must be a multiple of patch x 2.levels - 1. = 8"),
+    ({"size": 20}, "--size=20 must be a multiple of patch x 2"),
     ({"base": "x.pt"}, "add --base_steps=0"), ({"predict": "noise"}, "cannot predict 'noise'"),
     ({"data": "codraw"}, "--root for codraw"), ({"sd": "nowhere", "base_steps": 0}, "nowhere/vae.*is missing")])
 def test_bad_options_are_answered_with_a_sentence(switches, sentence):
@@ -241,7 +241,8 @@ def test_only_drawn_frames_are_scored_and_consistency_compares_the_same_characte
     data, view = stories.load("builtin", split="test", size=32), views.stories(range(8), split="test")
     spoilt, mask = data.frames(range(8)), torch.ones(8, 4)
     spoilt[:, 1], mask[:, 1] = 0, 0
-    assert judge(reader(), spoilt, view, mask)["named"] > 0.8
+    assert all(float(x) == pytest.approx(float(judge(reader(), data.frames(range(8)), view, mask)[key]), nan_ok=True)
+               for key, x in judge(reader(), spoilt, view, mask).items() if key != "consistency")
 
 
 def test_complete_captions_name_everything_that_is_in_the_frame():

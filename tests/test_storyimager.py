@@ -25,6 +25,7 @@ from story.storyimager import (
     tuned_unet,
 )
 from story.unet import UNet, sinusoid
+from story.unet import from_official as unet_from_official
 
 SIZES = dict(channels=4, widths=(16, 32), attention=(True, True), resnets=1, heads=2, context=12, groups=4)
 FRAMES, LENGTH = 4, 5
@@ -280,3 +281,142 @@ def test_the_autoencoder_reads_older_names_and_names_what_is_wrong():
     with pytest.raises(ValueError, match="quant_conv.bias"):
         vae_from_official({k: v for k, v in vae.state_dict().items() if k != "quant_conv.bias"}, groups=4)
     assert torch.equal(Unshuffle(4).decode(Unshuffle(4).encode(image)), image)
+
+
+# -- Stable Diffusion's numbers, against a reference written from the layout alone ---------------------------------------------------
+
+
+def random_state(model, seed):
+    g = torch.Generator().manual_seed(seed)
+    return {k: torch.randn(v.shape, generator=g) * (0.3 if v.dim() > 1 else 0.2) + (("norm" in k) and k.endswith("weight")) for k, v in model.state_dict().items()}
+
+
+class Slow:
+    """Layers by name from a state dict, in straight lines."""
+
+    def __init__(self, state, heads, groups, eps):
+        self.s, self.heads, self.groups, self.eps = state, heads, groups, eps
+
+    def linear(self, name, x):
+        return x @ self.s[f"{name}.weight"].T + self.s.get(f"{name}.bias", 0)
+
+    def conv(self, name, x, **how):
+        w = self.s[f"{name}.weight"]
+        return F.conv2d(x, w, self.s[f"{name}.bias"], **{"padding": w.shape[-1] // 2} | how)
+
+    def group(self, name, x, eps):
+        y = x.view(len(x), self.groups, -1)
+        y = ((y - y.mean(2, keepdim=True)) / (y.var(2, unbiased=False, keepdim=True) + eps).sqrt()).view_as(x)
+        return y * self.s[f"{name}.weight"][:, None, None] + self.s[f"{name}.bias"][:, None, None]
+
+    def layer(self, name, x):
+        y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return y * self.s[f"{name}.weight"] + self.s[f"{name}.bias"]
+
+    def attention(self, name, x, context, heads):
+        out = []
+        q, k, v = self.linear(f"{name}.to_q", x), self.linear(f"{name}.to_k", context), self.linear(f"{name}.to_v", context)
+        for a, b, c in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1), strict=True):
+            out.append(torch.softmax(a @ b.transpose(1, 2) / a.shape[-1] ** 0.5, -1) @ c)
+        return self.linear(f"{name}.to_out.0", torch.cat(out, -1))
+
+    def resnet(self, name, x, time=None):
+        silu = lambda y: y * torch.sigmoid(y)  # noqa: E731
+        h = self.conv(f"{name}.conv1", silu(self.group(f"{name}.norm1", x, self.eps)))
+        if time is not None:
+            h = h + self.linear(f"{name}.time_emb_proj", silu(time))[:, :, None, None]
+        h = self.conv(f"{name}.conv2", silu(self.group(f"{name}.norm2", h, self.eps)))
+        return h + (self.conv(f"{name}.conv_shortcut", x) if f"{name}.conv_shortcut.weight" in self.s else x)
+
+    def transformer(self, name, x, words):
+        b, c, height, width = x.shape
+        h = self.conv(f"{name}.proj_in", self.group(f"{name}.norm", x, 1e-6)).reshape(b, c, -1).transpose(1, 2)
+        block = f"{name}.transformer_blocks.0"
+        y = self.layer(f"{block}.norm1", h)
+        h = h + self.attention(f"{block}.attn1", y, y, self.heads)
+        h = h + self.attention(f"{block}.attn2", self.layer(f"{block}.norm2", h), words, self.heads)
+        value, gate = self.linear(f"{block}.ff.net.0.proj", self.layer(f"{block}.norm3", h)).chunk(2, -1)
+        h = h + self.linear(f"{block}.ff.net.2", value * gate * 0.5 * (1 + torch.erf(gate / 2**0.5)))
+        return x + self.conv(f"{name}.proj_out", h.transpose(1, 2).reshape(b, c, height, width))
+
+    def unet(self, z, t, words, levels=2, resnets=2):
+        silu, width = (lambda y: y * torch.sigmoid(y)), len(self.s["conv_in.bias"])
+        f = torch.tensor([10_000 ** (-k / (width // 2)) for k in range(width // 2)], dtype=z.dtype)
+        time = torch.cat([torch.cos(t[:, None] * f), torch.sin(t[:, None] * f)], 1)
+        time = self.linear("time_embedding.linear_2", silu(self.linear("time_embedding.linear_1", time)))
+        x = self.conv("conv_in", z)
+        stack = [x]
+
+        def step(name, i, x):
+            x = self.resnet(f"{name}.resnets.{i}", x, time)
+            return self.transformer(f"{name}.attentions.{i}", x, words) if f"{name}.attentions.{i}.norm.weight" in self.s else x
+
+        for level in range(levels):
+            for i in range(resnets):
+                x = step(f"down_blocks.{level}", i, x)
+                stack.append(x)
+            if level < levels - 1:
+                x = self.conv(f"down_blocks.{level}.downsamplers.0.conv", x, stride=2)
+                stack.append(x)
+        x = self.resnet("mid_block.resnets.0", x, time)
+        x = self.resnet("mid_block.resnets.1", self.transformer("mid_block.attentions.0", x, words), time)
+        for level in range(levels):
+            for i in range(resnets + 1):
+                x = step(f"up_blocks.{level}", i, torch.cat([x, stack.pop()], 1))
+            if level < levels - 1:
+                x = self.conv(f"up_blocks.{level}.upsamplers.0.conv", x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+        return self.conv("conv_out", silu(self.group("conv_norm_out", x, 1e-5)))
+
+    def vae_middle(self, name, x):
+        x = self.resnet(f"{name}.resnets.0", x)
+        b, c, height, width = x.shape
+        h = self.group(f"{name}.attentions.0.group_norm", x, self.eps).reshape(b, c, -1).transpose(1, 2)
+        x = x + self.attention(f"{name}.attentions.0", h, h, 1).transpose(1, 2).reshape(b, c, height, width)
+        return self.resnet(f"{name}.resnets.1", x)
+
+    def encode(self, x):
+        x = self.conv("encoder.conv_in", x)
+        for name in ("encoder.down_blocks.0", "encoder.down_blocks.1"):
+            for i in range(2):
+                x = self.resnet(f"{name}.resnets.{i}", x)
+            if f"{name}.downsamplers.0.conv.weight" in self.s:
+                x = self.conv(f"{name}.downsamplers.0.conv", F.pad(x, (0, 1, 0, 1)), stride=2, padding=0)
+        x = self.group("encoder.conv_norm_out", self.vae_middle("encoder.mid_block", x), self.eps)
+        x = self.conv("quant_conv", self.conv("encoder.conv_out", x * torch.sigmoid(x)))
+        return 0.18215 * x[:, : x.shape[1] // 2]
+
+    def decode(self, z):
+        x = self.vae_middle("decoder.mid_block", self.conv("decoder.conv_in", self.conv("post_quant_conv", z / 0.18215)))
+        for name in ("decoder.up_blocks.0", "decoder.up_blocks.1"):
+            for i in range(3):
+                x = self.resnet(f"{name}.resnets.{i}", x)
+            if f"{name}.upsamplers.0.conv.weight" in self.s:
+                x = self.conv(f"{name}.upsamplers.0.conv", x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+        x = self.group("decoder.conv_norm_out", x, self.eps)
+        return self.conv("decoder.conv_out", x * torch.sigmoid(x))
+
+
+@pytest.mark.parametrize("attention", [(True, False), (True, True)])
+def test_the_unet_computes_what_stable_diffusions_layout_says(attention):
+    """Two levels, two resnets each, random official names: an independent straight-line forward agrees to 1e-5."""
+    state = random_state(UNet(4, (8, 16), attention, 2, 2, 12, 4), 0)
+    model = unet_from_official(state, heads=2, groups=4).eval().double()
+    double = {k: v.double() for k, v in state.items()}
+    z, t, words = torch.randn(2, 4, 8, 12).double(), torch.tensor([3, 801]), torch.randn(2, LENGTH, 12).double()
+    with torch.no_grad():
+        ours, slow = model(z, t, words), Slow(double, 2, 4, 1e-5).unet(z, t, words)
+    torch.testing.assert_close(ours, slow, rtol=1e-5, atol=1e-5 * float(slow.abs().max()))
+    with pytest.raises(ValueError, match="missing, unknown or misshapen .'conv_out.bias'"):
+        unet_from_official({k: v for k, v in state.items() if k != "conv_out.bias"}, heads=2, groups=4)
+    with pytest.raises(ValueError, match="not a diffusers UNet"):
+        unet_from_official({f"model.diffusion_model.{k}": v for k, v in state.items()})
+
+
+def test_the_autoencoder_computes_what_its_layout_says():
+    state = random_state(VAE((8, 16), latent=2, resnets=2, groups=4), 1)
+    model, double = vae_from_official(state, groups=4).eval().double(), {k: v.double() for k, v in state.items()}
+    slow, image = Slow(double, 1, 4, 1e-6), torch.randn(2, 3, 8, 12).double()
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode(image), slow.encode(image), rtol=1e-5, atol=1e-5)
+        z = torch.randn(2, 2, 4, 6).double()
+        torch.testing.assert_close(model.decode(z), slow.decode(z), rtol=1e-5, atol=1e-5)
