@@ -257,3 +257,41 @@ def roc_auc(scores, labels):
         raise ValueError(f"an ROC curve needs both kinds, not {len(positive)} against {len(negative)} rows")
     below, upto = (torch.searchsorted(negative, positive, right=right) for right in (False, True))
     return float((below + upto).double().mean()) / 2 / len(negative)
+
+
+# -- evidence: python -m data.metrics ------------------------------------------------------------------------
+
+
+def ladder(count, seed=0):
+    """Distances of `count` renders from renders of another seed and from ever worse pictures, in the reader's features.
+
+    -> {what the pictures are: (Frechet distance, kernel distance)}
+    """
+    from data import reader, world
+    look, rng = reader.reader(), torch.Generator().manual_seed(seed)
+
+    def painted(seed, split="test"):
+        return world.render(world.scenes(range(count), seed, split), 64)[0]
+
+    def shuffled(pictures, block):                  # the blocks of each picture in another order
+        cells = F.unfold(pictures, block, stride=block)                                                # (B, 3 block^2, n)
+        order = torch.rand(count, cells.shape[2], generator=rng).argsort(1)[:, None].expand_as(cells)
+        return F.fold(cells.gather(2, order), pictures.shape[2:], block, stride=block)
+
+    renders = painted(seed)
+    sets = {"renders of another seed": painted(seed + 1), "combinations never trained on": painted(seed, "unseen"),
+            "renders in grey": renders.mean(1, keepdim=True).expand_as(renders), "blocks of 16 shuffled": shuffled(renders, 16),
+            "pixels shuffled": shuffled(renders, 1), "noise": torch.rand(renders.shape, generator=rng) * 2 - 1}
+
+    @torch.no_grad()
+    def features(pictures):
+        return torch.cat([look.features(part) for part in pictures.split(100)])
+
+    ours = features(renders)
+    return {name: tuple(distance(ours, features(pictures), "reader") for distance in (frechet_distance, kernel_distance))
+            for name, pictures in sets.items()}
+
+
+if __name__ == "__main__":
+    for name, distances in ladder(2000).items():
+        print(f"{name:32}", *distances, sep="  ")

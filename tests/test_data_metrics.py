@@ -210,6 +210,16 @@ def test_kernel_distance_agrees_with_loops_and_is_unbiased():
     assert abs(np.mean(draws)) < 4 * np.std(draws) / 20                        # 0 within four standard errors
 
 
+def test_renders_are_near_renders_and_far_from_everything_else():
+    """The shipped reader's features, 300 pictures; `python -m data.metrics` prints the ladder for 2,000."""
+    frechet, kernel = ({name: float(pair[k]) for name, pair in metrics.ladder(300).items()} for k in (0, 1))
+    for found in (frechet, kernel):
+        again, unseen, *worse = found.values()
+        assert abs(again) < 0.05 * found["pixels shuffled"] and unseen < min(worse)
+        assert found["blocks of 16 shuffled"] < found["renders in grey"] < min(found["pixels shuffled"], found["noise"])
+    assert abs(kernel["renders of another seed"]) < 0.01 * kernel["noise"], "unbiased: zero up to chance"
+
+
 @pytest.mark.parametrize(("a", "b", "words"), [
     (torch.zeros(1, 3), torch.zeros(5, 3), "N >= 2"), (torch.zeros(5, 3), torch.zeros(5, 4), "one width"),
     (torch.full((5, 3), math.nan), torch.zeros(5, 3), "not finite"),
