@@ -5,6 +5,7 @@
     python -m gan.sample "a green cross on a white background" --attribute green                         # where it shows
     python -m gan.sample "a herd of zebras" --ckpt pre_coco.pth --clip ViT-B-32.pt                       # the authors' weights
 """
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -161,7 +162,8 @@ def main(argv):
                                  for row in zip(*pairs[start : start + 8], strict=True)],
                    title=f"where CLIP sees '{options.attribute}' in '{sentences[0]}'" if len(sentences) == 1 else None)
         elif len(sentences) == 1:
-            grid(options.out, pictures, columns=min(8, max(1, round(options.n**0.5))), title=sentences[0])
+            columns = next((c for c in range(math.ceil(options.n**0.5), 9) if options.n % c == 0), 8)    # whole rows if possible
+            grid(options.out, pictures, columns=columns, title=sentences[0])
         else:
             captions = [text if i == 0 else "" for text in sentences for i in range(options.n)]
             grid(options.out, pictures, captions, columns=options.n)
