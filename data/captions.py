@@ -56,13 +56,6 @@ class Captions:
             return self.said(rows, seed)
         return [self.captions[row][seed_from(seed, row, 1) % len(self.captions[row])] for row in rows]
 
-    def select(self, rows):
-        """The same data set, only these rows."""
-        rows = [int(row) for row in rows]
-        extra = {key: [values[row] for row in rows] for key, values in self.extra.items()}
-        return Captions(self.name, self.size, [self.captions[r] for r in rows], [self.names[r] for r in rows],
-                        lambda picked, seed: self.pictures([rows[p] for p in picked], seed), extra)
-
 
 def load(name="builtin", root="", split="train", size=64, seed=0, holdout=0.1, objects=(1, 1)):
     """Open a data set by name.   -> Captions

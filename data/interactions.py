@@ -7,10 +7,8 @@
 Everything is checked here, once, at the door: after `load` ids are in range, pairs are unique, features are
 finite.
 """
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +37,6 @@ class Interactions:
     source: str = ""                                 # which file or generator
     dropped: dict = field(default_factory=dict)      # split -> rows of users who have no training row
     repaired: dict = field(default_factory=dict)    # what `repair` changed: "pairs" or a modality -> how many
-
-    @cached_property
-    def fingerprint(self):
-        """Content hash of the features: the key of every cache made from them (16 hex digits)."""
-        digest = hashlib.sha256()
-        for name, x in sorted(self.features.items()):
-            digest.update(f"{name} {tuple(x.shape)} {x.dtype};".encode())
-            digest.update(np.ascontiguousarray(x.numpy()))
-        return digest.hexdigest()[:16]
 
     def sampler(self, device="cpu"):
         return Sampler(self, device)

@@ -174,20 +174,6 @@ def r_precision(images, texts, candidates=100, generator=None, groups=None):
     return float(((level | (rivals < own)).all(1) / (1 + level.sum(1))).mean())
 
 
-def attribute_accuracy(predicted, true):
-    """{attribute: share read correctly, "mean": over attributes}: an independent reader judges pictures.
-
-    Dicts of (N,) int. A true value of -1 was not asked for by the sentence and does not count.
-    """
-    if missing := sorted(true.keys() - predicted.keys()):
-        raise ValueError(f"the reader says nothing about {', '.join(missing)}")
-    asked = {name: x >= 0 for name, x in true.items() if (x >= 0).any()}
-    scores = {a: float((predicted[a] == true[a])[rows].double().mean()) for a, rows in asked.items()}
-    if not scores:
-        raise ValueError("no attribute was asked for: every true value is -1")
-    return scores | {"mean": sum(scores.values()) / len(scores)}
-
-
 # -- edits: what must not change -----------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Rows, parts and pixels that the loaders of captions, stories and videos share."""
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,13 @@ def set_aside(groups, share):
     return sorted(chosen)
 
 
+def select(data, rows):
+    """The same Captions or Stories, only these rows."""
+    extra = {key: [values[row] for row in rows] for key, values in data.extra.items()}
+    return replace(data, captions=[data.captions[row] for row in rows], names=[data.names[row] for row in rows], extra=extra,
+                   pictures=lambda picked, seed: data.pictures([rows[p] for p in picked], seed))
+
+
 def two_parts(read, parts, split, holdout, group):
     """Sets that come as two files: the second is "test", and `holdout` of the first becomes "valid".
 
@@ -132,7 +140,7 @@ def two_parts(read, parts, split, holdout, group):
     rows = valid if split == "valid" else sorted(set(range(len(data))) - set(valid))
     if not rows:
         raise ValueError(f"the {split} part of {data.name} is empty: {len(data)} rows with holdout={holdout}")
-    return data.select(rows)
+    return select(data, rows)
 
 
 def by_name(data, split):
@@ -143,7 +151,7 @@ def by_name(data, split):
     if not rows:
         raise ValueError(f"{data.name}: none of its {len(data)} pictures fell into the {split} part; add "
                          "pictures or make folders train/, valid/ and test/")
-    return data.select(rows)
+    return select(data, rows)
 
 
 def check_name(name, names, root, split, what):

@@ -9,7 +9,6 @@ A download goes to FILE.part, goes on where it was cut, is checked against size 
 its name.
 """
 import argparse
-import hashlib
 import http.client
 import os
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import captions, frames, interactions, stories, videos
+from data import captions, frames, interactions, stories, videos, weights
 from data.archives import unpack
 from data.safe import reason
 
@@ -124,7 +123,7 @@ def fetch(url, path, size, sha256, timeout=30):
     path = Path(path)
     part = path.with_name(path.name + ".part")
     if path.is_file():
-        if path.stat().st_size != size or digest(path) != sha256:
+        if path.stat().st_size != size or weights.sha256(path) != sha256:
             raise ValueError(f"{path} is not the published file ({path.stat().st_size:,} bytes, expected {size:,} "
                              f"with SHA-256 {sha256[:12]}...); move it away to fetch it again")
         return 0
@@ -133,7 +132,7 @@ def fetch(url, path, size, sha256, timeout=30):
     if part.stat().st_size < size:
         raise ValueError(f"{url} was cut after {part.stat().st_size:,} of {size:,} bytes; the same command goes "
                          "on from there")
-    if part.stat().st_size > size or digest(part) != sha256:
+    if part.stat().st_size > size or weights.sha256(part) != sha256:
         part.unlink()
         raise ValueError(f"{url} is not the published file: its checksum or size differs (expected {size:,} "
                          f"bytes, SHA-256 {sha256[:12]}...); nothing was kept")
@@ -181,11 +180,6 @@ def write(out, block, part):
     except OSError as error:              # disk full, quota
         raise ValueError(f"{part} cannot be written ({error.strerror}); make room, then the same command goes "
                          "on") from error
-
-
-def digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def listed(name, host=HOST):

@@ -224,19 +224,7 @@ class Sparse:
         row_col = fields.pop("coords", None)
         if row_col is not None:
             fields["row"], fields["col"] = row_col
-        return {"format": self.form, "shape": tuple(fields.pop("_shape")), **fields}
-
-
-class Coo(Sparse):
-    form = "coo"
-
-
-class Csr(Sparse):
-    form = "csr"
-
-
-class Csc(Sparse):
-    form = "csc"
+        return {"format": type(self).__name__, "shape": tuple(fields.pop("_shape")), **fields}
 
 
 def from_buffer(raw, dtype, shape, order):                 # how protocol 5 writes an array
@@ -261,8 +249,7 @@ ALLOWED = {("numpy", "dtype"): Dtype, ("numpy", "ndarray"): Array, ("_codecs", "
            ("collections", "OrderedDict"): dict, ("collections", "defaultdict"): lambda *_: {},
            **{("builtins", t.__name__): t for t in (list, dict, set, frozenset, int, float, complex)},
            ("builtins", "bytes"): lambda: b"",          # how protocols 0 to 2 write the empty one
-           **{(f"scipy.sparse{module}", f"{form}_{kind}"): stand_in
-              for form, stand_in in (("coo", Coo), ("csr", Csr), ("csc", Csc))
+           **{(f"scipy.sparse{module}", f"{form}_{kind}"): type(form, (Sparse,), {}) for form in ("coo", "csr", "csc")
               for module in ("", f".{form}", f"._{form}") for kind in ("matrix", "array")},
            **{(f"numpy.{core}.multiarray", name): build for core in ("core", "_core")
               for name, build in (("_reconstruct", lambda *_: Array()), ("scalar", scalar))},

@@ -20,7 +20,6 @@ from data.batches import seed_from
 from data.parts import BUILTIN, Lazy, check_name, read_pack, to_tensor, two_parts
 
 NAMES = ("builtin", "codraw", "clevr", "pororo", "flintstones", "hdf5")
-FLINTSTONES = ("Wilma", "Fred", "Betty", "Barney", "Dino", "Pebbles", "Mr Slate")     # flags of labels.pkl
 CLEVR = {"shape": ("cube", "sphere", "cylinder"),                      # columns 0..14 of a block, one-hot
          "colour": ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow"),
          "material": ("rubber", "metal"), "size": ("large", "small")}
@@ -42,13 +41,6 @@ class Stories:
     def frames(self, rows, seed=None):
         """(B, F, 3, size, size) float32 in [-1, 1].   seed: picks one of each scene; None: the middle"""
         return self.pictures([int(row) for row in rows], seed)
-
-    def select(self, rows):
-        """The same data set, only these rows."""
-        rows = [int(row) for row in rows]
-        extra = {key: [values[row] for row in rows] for key, values in self.extra.items()}
-        return Stories(self.name, self.size, [self.captions[r] for r in rows], [self.names[r] for r in rows],
-                       lambda picked, seed: self.pictures([rows[p] for p in picked], seed), extra)
 
 
 def load(name="builtin", root="", split="train", size=64, seed=0, holdout=0.1, frames=4, looks="fixed"):
@@ -303,7 +295,10 @@ def written_stories(file):
 
 
 def flintstones(root, split, size):
-    """Shots of flintstones_annotations_v1-0.json, their four followers, video_frames_sampled/<shot>.npy."""
+    """Shots of flintstones_annotations_v1-0.json, their four followers, video_frames_sampled/<shot>.npy.
+
+    The seven flags of labels.pkl are Wilma, Fred, Betty, Barney, Dino, Pebbles, Mr Slate.
+    """
     told = flintstones_told(root / "flintstones_annotations_v1-0.json")
     part = safe.read_json(root / "train-val-test_split.json", dict).get({"valid": "val"}.get(split, split))
     if not isinstance(part, list):

@@ -1,8 +1,8 @@
-"""Text to ids, on the standard library: CLIP's byte pairs, the small CLIP's words, a vocabulary for questions.
+"""Text to ids, on the standard library: CLIP's byte pairs, the small CLIP's words, a vocabulary of a training set.
 
 BytePairs      CLIP's tokeniser; the merges come from the user's copy of the published vocabulary file
 WordTokenizer  one id a word, for the built-in world's grammar; an unknown word is an error that names near ones
-Vocabulary     the words of a training set in order of appearance; unknown words share one id (question answering)
+Vocabulary     the words of a training set in order of appearance; unknown words share one id (real data sets)
 """
 import difflib
 import functools
@@ -202,22 +202,13 @@ class WordTokenizer:
         return pack(texts, self.encode, self.start, self.end, self.context, truncate)
 
 
-# -- questions of real data sets -----------------------------------------------------------------------------
-
-
-def question_words(text):
-    """Lower-case words and punctuation marks of a question; n't, 's and their kin stand alone.
-
-    # Official code: NLTK's word_tokenize, from which this differs only in rare punctuation (quotes, abbreviations).
-    """
-    pattern = r"\w+?(?=n't\b)|n't\b|\w+(?:[-./]\w+)*|'(?:s|re|ve|m|ll|d)\b|[^\w\s]"
-    return re.findall(pattern, text.lower().replace("’", "'"))
+# -- words of real data sets ----------------------------------------------------------------------------------
 
 
 class Vocabulary:
     """Words of a training set: 0 <NULL> (padding), 1 <UNK>, then in order of first appearance."""
 
-    def __init__(self, texts, least=1, split=question_words):
+    def __init__(self, texts, least=1, split=words_of):
         counts = {}
         for text in texts:
             for word in split(text):

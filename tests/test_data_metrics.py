@@ -258,20 +258,6 @@ def test_r_precision_never_asks_to_tell_equal_sentences_apart():
         metrics.r_precision(texts, texts, 17, groups=groups)
 
 
-def test_attribute_accuracy_ignores_what_was_not_asked_for():
-    true = {
-        "colour": torch.tensor([1, 2, -1, 3]),
-        "shape": torch.tensor([0, 0, 0, 0]),
-        "size": torch.tensor([-1] * 4),
-    }
-    read = {"colour": torch.tensor([1, 0, 5, 3]), "shape": torch.tensor([0, 0, 1, 1]), "size": torch.zeros(4)}
-    assert metrics.attribute_accuracy(read, true) == pytest.approx(
-        {"colour": 2 / 3, "shape": 0.5, "mean": 7 / 12}
-    )
-    with pytest.raises(ValueError, match="says nothing about shape"):
-        metrics.attribute_accuracy({"colour": true["colour"], "size": true["size"]}, true)
-
-
 def test_l1_outside_sees_only_what_is_outside():
     a, b = torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)
     b[:, :, :2] = 1.0                                                # a quarter of the rows changes

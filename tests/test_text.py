@@ -15,7 +15,6 @@ from data.text import (
     WordTokenizer,
     byte_symbols,
     clean,
-    question_words,
     read_merges,
     scan,
     words_of,
@@ -184,11 +183,6 @@ def test_a_word_table_needs_distinct_words(words):
 
 def test_words_keep_inner_apostrophes_and_hyphens():
     assert words_of("Pip's half-moon -- walks, ok_then.") == ["pip's", "half-moon", "walks", "ok", "then"]
-
-
-def test_question_words_split_as_the_papers_do():
-    assert question_words("What isn't the man's 2-year-old dog doing, there?") == [
-        "what", "is", "n't", "the", "man", "'s", "2-year-old", "dog", "doing", ",", "there", "?"]
 
 
 def test_vocabulary_counts_from_the_training_texts_only():
