@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data.safe import missing, reason
+from data.safe import reason
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
