@@ -26,6 +26,7 @@ from kernels.attribution import cosine_map, grad_cam, show
 from kernels.graph import mix_hops
 
 ENCODERS = ("stored", "histogram", "random")
+FLAT = 1e-4                                                  # a map that spans less is rounding, not attention
 SEEN = ("shape", "colour", "texture")                        # what customers of the built-in shop mind in pictures
 
 
@@ -92,7 +93,7 @@ def behaviour_of(model, items, kind="id"):
 
 
 def attribute(model, m, places, items, behaviour="id", variant="A", stage="content"):
-    """Agreement of each place with behaviour.   places (n, P, d_m) -> heat (n, P), raw
+    """Agreement of each place with behaviour.   places (n, P, d_m) -> heat (n, P), raw; 0 where it is FLAT all over
 
     stage   content: T is all the host does, adapter included.   projection: T is X W + b alone (the paper's "before")
     """
@@ -106,21 +107,27 @@ def attribute(model, m, places, items, behaviour="id", variant="A", stage="conte
 
     if variant == "A":
         with torch.no_grad():
-            return cosine_map(to_content(places).contiguous(), b)
-    with torch.enable_grad():
-        v = places.detach().clone().requires_grad_()
-        score = F.cosine_similarity(to_content(v.mean(1)), b)                   # (n,)
-        (slope,) = torch.autograd.grad(score.sum(), v)
-    return grad_cam(places.mT[..., None].contiguous(), slope.mT[..., None].contiguous())[..., 0]
+            heat = cosine_map(to_content(places).contiguous(), b)
+    else:
+        with torch.enable_grad():
+            v = places.detach().clone().requires_grad_()
+            score = F.cosine_similarity(to_content(v.mean(1)), b)               # (n,)
+            (slope,) = torch.autograd.grad(score.sum(), v)                      # each place has 1 / P of the mean's slope
+        heat = grad_cam(places.mT[..., None].contiguous(), slope.mT[..., None].contiguous())[..., 0] * places.shape[1]
+    return heat * (heat.amax(1, keepdim=True) - heat.amin(1, keepdim=True) > FLAT)
 
 
 def score_maps(maps, masks):
-    """Drift, omission and pointing of maps against product masks.   (n, H, W) in [0, 1], (n, H, W) -> {name: (n,)}"""
+    """Drift, omission and pointing of maps against product masks.   (n, H, W) in [0, 1], (n, H, W) -> {name: (n,)}
+
+    A map that is the same everywhere looks at nothing in particular: its scores are NaN, and "flat" is 1.
+    """
     inside, heat, area = (masks > 0.5).flatten(1), maps.flatten(1), (masks > 0.5).float().mean((1, 2))
+    flat = heat.amax(1) == heat.amin(1)                                         # (n,)
     below = (heat < heat.mean(1, keepdim=True)) & inside
-    return {"drift": (heat * ~inside).sum(1) / heat.sum(1).clamp(min=1e-9),
-            "omission": below.sum(1) / inside.sum(1).clamp(min=1),
-            "pointing": inside.gather(1, heat.argmax(1, keepdim=True))[:, 0].float(), "area": area}
+    scores = {"drift": (heat * ~inside).sum(1) / heat.sum(1), "omission": below.sum(1) / inside.sum(1).clamp(min=1),
+              "pointing": inside.gather(1, heat.argmax(1, keepdim=True))[:, 0].float()}
+    return {name: x.masked_fill(flat, torch.nan) for name, x in scores.items()} | {"flat": flat.float(), "area": area}
 
 
 # ---- neighbours --------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ class Config(task.Config):
     tanh: bool = True                # tanh after the first hidden layer, as released
     join: str = "product"            # how mask g meets behaviour E: product E*g, sum E+g, content P*g
     adapter_weight: float = 1.0      # Z = host + weight (adapted - host)
+    adapter_lr: float = 1.0          # step size of the adapter as a multiple of --lr
     adapt: tuple = ()                # which modalities get an adapter; empty: all
     encoder: str = "stored"          # image features: stored, or histogram, random made from the pictures
     pairs: int = 3                   # seeds compared with and without the adapter at the end of a run
@@ -72,6 +73,14 @@ class Task(task.Task):
         whole = attribution.look(data.pictures(range(data.items)), self.cfg.encoder)[1]
         return dataclasses.replace(data, features=data.features | {"image": whole})
 
+    def groups(self):
+        """Parameters for Adam; the adapter's step size may differ (--adapter_lr)."""
+        own = {id(p) for p in self.model.adapters.parameters()}
+        learnt = [p for p in self.model.parameters() if p.requires_grad]
+        parts = [{"params": [p for p in learnt if (id(p) in own) == mine], "scale": scale}
+                 for mine, scale in ((False, 1.0), (True, self.cfg.adapter_lr))]
+        return [part for part in parts if part["params"]]
+
     def build(self, features):
         return befa.build(self.cfg, self.data.users, self.data.items, self.train, features)
 
@@ -107,8 +116,9 @@ class Task(task.Task):
         if self.cfg.adapter in ("host", "none") or task.parallel.world() > 1:
             return
         pairs = self.twins()
-        save_checkpoint(folder / "host.pt", {"name": "befa", "config": plain(pairs[0][0].cfg),
-                                             "state": {"model": pairs[0][0].model.state_dict()}})
+        host = pairs[0][0]
+        save_checkpoint(folder / "host.pt", {"name": "befa", "config": plain(host.cfg), "state": {
+            key: host.saved[key].state_dict() for key in ("model", "catalogue")}})
         lines = [*ranking_lines(self, pairs), *cost_lines(pairs)]
         if self.data.pictures is not None and "image" in self.model.modalities and self.data.truth:
             lines += self.attribution_lines(folder, pairs)
@@ -118,17 +128,16 @@ class Task(task.Task):
     def attribution_lines(self, folder, pairs):
         """Draw the panel of this run's pair, write the scores of all items; seed means of drift and omission."""
         explorer = attribution.Explorer(self.data, self.cfg.encoder)
-        lines = ["", f"{'maps, seed means':34} {'drift':>15} {'omission':>15} {'pointing':>15}"]
-        first = {}
+        lines, first = ["", f"{'maps, seed means':22} {'drift':>15} {'omission':>15} {'pointing':>15} {'flat maps':>15}"], {}
         for variant in "AB":
             sides = {"projection, without": (0, "projection"), "without BeFA": (0, "content"), "with BeFA": (1, "content")}
             for label, (side, stage) in sides.items():
                 runs = [explorer.scores(pair[side].model, variant=variant, stage=stage) for pair in pairs]
                 first[variant, label] = runs[0]
-                cells = [spread([float(run[k].mean()) for run in runs]) for k in ("drift", "omission", "pointing")]
-                lines.append(f"{f'{variant}  {label}':34} " + " ".join(f"{c:>15}" for c in cells))
+                cells = [spread([float(run[k].nanmean()) for run in runs]) for k in ("drift", "omission", "pointing", "flat")]
+                lines.append(f"{f'{variant}  {label}':22} " + " ".join(f"{c:>15}" for c in cells))
         area = float(first["A", "with BeFA"]["area"].mean())
-        lines.append(f"{'an even map':34} {1 - area:15.3f} {'-':>15} {area:15.3f}")
+        lines.append(f"{'an even map':22} {1 - area:15.3f} {'-':>15} {area:15.3f}")
         lines += ["", f"{'neighbours that share (0: chance)':34} {'without':>15} {'with BeFA':>15} {'encoder':>15}"]
         tables = [[attribution.features_table(t.model, self.data, self.cfg.data_seed) for t in pair] for pair in pairs]
         for (m, space), row in tables[0][0].items():
@@ -146,7 +155,7 @@ class Task(task.Task):
     def draw(self, folder, explorer, scores, before, after):
         """attribution.png: items whose map drifts most, omits most, and does neither (without BeFA); words.png: one title."""
         fine = -(scores["drift"] + scores["omission"])
-        items = [int(i) for s in (scores["drift"], scores["omission"], fine) for i in s.topk(2).indices]
+        items = [int(i) for s in (scores["drift"], scores["omission"], fine) for i in s.nan_to_num(-9).topk(2).indices]
         panels(folder / "attribution.png", [explorer.row(i, before, after) for i in items], 92,
                "picture | host without BeFA | with BeFA | nearest items by the encoder | by the adapted feature. Two items with the "
                "highest drift, two with the highest omission, two with neither")
@@ -156,7 +165,8 @@ class Task(task.Task):
 
 def spread(values):
     """mean +- standard deviation, as words."""
-    return f"{statistics.mean(values):.3f} +- {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
+    values = [x for x in values if x == x]                    # a seed all of whose maps are flat has no score
+    return f"{statistics.mean(values):.3f} +- {statistics.stdev(values) if len(values) > 1 else 0:.3f}" if values else "-"
 
 
 def ranking_lines(run, pairs):

@@ -124,8 +124,7 @@ class Task:
             self.saved = {"model": self.model}
         else:
             self.model = self.build(features).to(device)
-            learnt = [p for p in self.model.parameters() if p.requires_grad]
-            self.optimiser = torch.optim.Adam(learnt, lr=cfg.lr, fused=True)     # dense Adam in one pass over memory
+            self.optimiser = torch.optim.Adam(self.groups(), lr=cfg.lr, fused=True)     # dense Adam in one pass over memory
             self.saved = {"model": self.model, "optimiser": self.optimiser, "catalogue": Catalogue(data.features)}
         clicked = torch.bincount(data.train[:, 0], minlength=data.users)
         self.chance = ranking_chance(users=data.test[:, 0], items=data.items, seen=clicked)
@@ -139,6 +138,10 @@ class Task:
 
     def build(self, features):
         return MODELS[self.cfg.model](self.cfg, self.data.users, self.data.items, self.train, features)
+
+    def groups(self):
+        """Parameters for Adam, and what multiplies their step size."""
+        return [{"params": [p for p in self.model.parameters() if p.requires_grad], "scale": 1.0}]
 
     def batches(self, seed, start, stop):
         """Users, positives, negatives of global batch t, each (B,); every rank draws the same."""
@@ -159,7 +162,7 @@ class Task:
             return {"loss": torch.zeros(())}
         epoch = step * cfg.batch // len(self.data.train)
         for group in self.optimiser.param_groups:
-            group["lr"] = cfg.lr * 0.96 ** (epoch / 50)
+            group["lr"] = group["scale"] * cfg.lr * 0.96 ** (epoch / 50)
         self.model.train()
         mine = parallel.shard(range(cfg.batch))
         # Under --amp the tables stay float32: their rows are what is ranked, and gathering them is not the cost.
