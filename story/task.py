@@ -55,10 +55,10 @@ class Config:
     sd: str = ""                     # folder of Stable Diffusion 1.5 in the diffusers layout: it replaces stage 1
     base: str = ""                   # checkpoint of a run whose stage 1 (text encoder and UNet) is taken over
     seed: int = 0                    # random seed
-    steps: int = 1400                # optimiser steps of both stages
-    base_steps: int = 400            # of these, steps of stage 1; 0 without --base or --sd: stage 2 from scratch
-    anneal: int = 1000               # steps of stage 2 over which its step size falls to a tenth (cosine)
-    eval_every: int = 200            # steps between evaluations
+    steps: int = 1050                # optimiser steps of both stages
+    base_steps: int = 450            # of these, steps of stage 1; 0 without --base or --sd: stage 2 from scratch
+    anneal: int = 600                # steps of stage 2 over which its step size falls to a tenth (cosine)
+    eval_every: int = 300            # steps between evaluations
     patience: int = 0                # evaluations without improvement before stopping; 0: never
     batch: int = 16                  # stories in a step (stage 1: all their frames)
     size: int = 32                   # pixels of a frame's side
@@ -87,9 +87,9 @@ class Config:
     tasks: tuple = TASKS             # tasks whose masks are trained
     independent: bool = False        # rival: frames that never see each other
     autoregressive: bool = False     # rival: frame by frame, each from the frames and sentences before it
-    predict: str = "v"               # the network predicts noise (SD), v or the picture
-    lr_base: float = 1.5e-3          # AdamW step size of stage 1
-    lr: float = 3e-3                 # AdamW step size of stage 2 (at SD's size: 1e-4)
+    predict: str = "picture"         # the network predicts noise (SD), v or the picture
+    lr_base: float = 2e-3            # AdamW step size of stage 1
+    lr: float = 2e-3                 # AdamW step size of stage 2 (at SD's size: 1e-4)
     ema: float = 0.99                # decay of the averaged weights that draw and are judged
     drop: float = 0.1                # share of stories without captions, for guidance
     drop_one: float = 0.05           # share of captions dropped alone: an empty sentence is left to the context
@@ -177,8 +177,11 @@ class Task:
         self.average = copy.deepcopy(self.net).requires_grad_(False)          # draws and is judged
         self.stage = None
         self.enter(2)
-        learnt = [p for p in self.net.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(learnt, cfg.lr, weight_decay=0.01)
+        learnt = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+        gates = [p for name, p in learnt.items() if name.endswith(".gate")]      # one number each that has to travel from 0 to about 1
+        rest = [p for name, p in learnt.items() if not name.endswith(".gate")]
+        self.optimiser = torch.optim.AdamW([{"params": rest, "scale": 1.0}] + [{"params": gates, "scale": 10.0}] * bool(gates),
+                                           cfg.lr, weight_decay=0.01)
         self.saved = {"net": self.net, "average": self.average, "optimiser": self.optimiser}
         if cfg.base_steps:
             self.enter(1)
@@ -264,7 +267,7 @@ class Task:
         at = step if stage == 1 else step - cfg.base_steps
         fall = 1.0 if stage == 1 else 0.55 + 0.45 * math.cos(math.pi * min(1.0, at / cfg.anneal))
         for group in optimiser.param_groups:
-            group["lr"] = (cfg.lr_base if stage == 1 else cfg.lr) * min(1.0, (at + 1) / 50) * fall
+            group["lr"] = (cfg.lr_base if stage == 1 else cfg.lr) * min(1.0, (at + 1) / 50) * fall * group.get("scale", 1.0)
         parallel.descend(optimiser, loss, clip=1.0)
         decay = min(cfg.ema, (at + 1) / (at + 10))
         pairs = [(mean, p) for mean, p in zip(self.average.parameters(), self.net.parameters(), strict=True) if p.requires_grad]
