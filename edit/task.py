@@ -10,6 +10,7 @@ The paper's losses were not published with its code and its text could not be re
 """
 import copy
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch.nn import functional as F
@@ -33,7 +34,7 @@ class Config:
     data: str = "builtin"           # builtin, noto, emojitwo, birds, birds64, coco, codraw, folder, npz, ...
     root: str = ""                  # folder of the real data
     seed: int = 0                   # random seed
-    steps: int = 1600               # optimiser steps
+    steps: int = 1200               # optimiser steps
     eval_every: int = 400           # steps between evaluations
     batch: int = 16                 # pictures edited in a step, B (the paper: 32)
     size: int = 64                  # pixels of a side: 4 x a power of two (the paper: 256)
@@ -47,9 +48,9 @@ class Config:
     text: str = "auto"              # clip: frozen; lstm: DAMSM's encoder, learnt with the critic; auto: clip on built-in data
     clip: str = ""                  # file of OpenAI's CLIP; empty: the small one of the built-in world
     merges: str = ""                # CLIP's vocabulary file, for --clip
-    lr: float = 5e-4                # Adam step size of the editor (the paper: 1e-4)
+    lr: float = 1e-3                # Adam step size of the editor (the paper: 1e-4)
     critic_lr: float = 1e-3         # Adam step size of the critic (the paper: 4e-4)
-    similar: float = 1.0            # weight of CLIP's cosine between edit and sentence
+    similar: float = 2.0            # weight of CLIP's cosine between edit and sentence
     own: float = 4.0                # weight of L1: the picture's own sentence must give the picture back
     keep: float = 1.0               # weight of L1 between edit and source (ours)
     penalty: float = 2.0            # weight k of the matching-aware gradient penalty
@@ -57,12 +58,15 @@ class Config:
     more: int = 2                   # further true and false sentences the critic hears about a picture
     near: bool = True               # wrong sentences differ in one thing; off: another picture's sentence
     average: float = 0.995          # decay of the running mean of the editor that is judged and saved; 0: none (the paper)
+    copy_start: bool = True         # the untrained editor copies its input (needs --base of 6 or more)
     oracle: float = 0.0             # weight of L1 to the known result: 0, or training is no longer unpaired
 
     def __post_init__(self):
         for name, known in (("composition", ("dynamic", "fixed", "channel", "spatial")), ("text", ("auto", "clip", "lstm"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name}={getattr(self, name)} is unknown; choose {', '.join(known)}")
+        if self.copy_start and self.base < 6:
+            raise ValueError(f"--base={self.base} is too narrow to hand a picture through; pass --copy_start=false or 6 and more")
 
 
 def paper(name):
@@ -71,7 +75,7 @@ def paper(name):
         raise ValueError(f"--paper={name} is unknown; there are birds, coco")
     epoch = {"birds": 8855, "coco": 82783}[name] // 32
     return {"data": name, "size": 256, "base": 32, "critic_base": 32, "code_width": 256, "batch": 32, "lr": 1e-4,
-            "critic_lr": 4e-4, "text": "lstm", "penalty_every": 1, "average": 0.0, "similar": 0.0, "near": False, "more": 0,
+            "critic_lr": 4e-4, "text": "lstm", "penalty_every": 1, "average": 0.0, "similar": 0.0, "copy_start": False, "near": False, "more": 0,
             "eval_every": 5 * epoch, "steps": 300 * epoch}
 
 
@@ -97,12 +101,17 @@ class Sentences(torch.nn.Module):
         if recurrent:
             self.words = Vocabulary(captions, split=words_of)
             self.lstm = SentenceLSTM(len(self.words), 256 if cfg.size >= 256 else 64)
+        else:
+            said = [self.by_clip([text]) for text in islice(captions, 2048)] or [torch.zeros(1, self.clip[0].embed)]
+            mean, scale = whitening(torch.cat(said))         # without sentences they come from a checkpoint
+            self.register_buffer("mean", mean)
+            self.register_buffer("scale", scale)
         self.width = self.lstm.rnn.hidden_size * 2 if recurrent else self.clip[0].embed
 
     def forward(self, texts):
         """What conditions editor and critic. Official code: 18 words at most, drawn at random from longer captions."""
         if self.lstm is None:
-            return self.by_clip(texts)
+            return (self.by_clip(texts) - self.mean) @ self.scale
         tokens, lengths = self.words(texts)                  # Paper: unknown; here the first 18 words, so nothing is random
         return self.lstm(tokens[:, :18].to(self.device), lengths.clamp(max=18))[0]
 
@@ -123,9 +132,21 @@ class Sentences(torch.nn.Module):
         return F.cosine_similarity(embedding, self.by_clip(texts))
 
 
+def whitening(x, least=0.01):
+    """Mean and symmetric scale that make vectors uncorrelated with unit variance; ours.   (N, E) -> (E,), (E, E)
+
+    CLIP's sentence vectors point in nearly one direction ("the star is plain" and "... striped": cosine 0.97), which a
+    small critic needs very long to tell apart. Directions of variance far below `least` are not blown up.
+    """
+    values, vectors = torch.linalg.eigh(torch.cov(x.double().T, correction=0))
+    return x.mean(0), (vectors * (values.clamp(min=0) + least).rsqrt() @ vectors.T).to(x)
+
+
 def open_editor(cfg, device, train=None):
     """Text encoder and editor, untrained. A learnt encoder takes its words from the training set (opened if not given)."""
     def words():                                             # drawn only if they are needed
+        if train is None and cfg.text != "lstm" and (cfg.clip or cfg.data == "builtin"):
+            return
         data = train or edits.load(cfg.data, cfg.root, "train", cfg.size)
         for rows in torch.arange(min(len(data), 4096 if cfg.data == "builtin" else 2**20)).split(256):
             yield from (text for pair in data.said(rows.tolist()) for texts in pair for text in texts)
@@ -133,6 +154,22 @@ def open_editor(cfg, device, train=None):
     read = Sentences(cfg, words(), device).to(device)
     return read, Generator(cfg.size, read.width, cfg.base, cfg.code_width, cfg.kernels, cfg.composition, cfg.dynamic,
                            cfg.semantic).to(device)
+
+
+@torch.no_grad()
+def start_as_copy(editor, quiet=0.1):
+    """First and last layer hand the picture through as x and -x (ours): no step is spent on learning to copy.
+
+    l(x) - l(-x) = 1.2 x for LeakyReLU of slope 0.2, and tanh(1.3 x) is nearest to x; the finest DEBlock starts quiet.
+    """
+    for weight in (editor.encoder.first.weight, editor.encoder.first.bias[:6], editor.to_rgb.weight, editor.to_rgb.bias):
+        weight[:6].zero_()
+    for c in range(3):
+        for row, sign in ((c, 1.0), (c + 3, -1.0)):
+            editor.encoder.first.weight[row, c, 1, 1] = sign
+            editor.to_rgb.weight[c, row, 1, 1] = sign * 1.3 / 1.2
+    for part in (editor.blocks[-1].conv.weight, editor.blocks[-1].conv.bias, editor.blocks[-1].query.to_shift.weight):
+        part.mul_(quiet)
 
 
 # -- losses -------------------------------------------------------------------------------------------------------------
@@ -171,6 +208,8 @@ class Task:
         self.cfg, self.device = cfg, device
         self.data = {split: edits.load(cfg.data, cfg.root, split, cfg.size) for split in ("train", "valid", "test")}
         self.read, self.editor = open_editor(cfg, device, self.data["train"])
+        if cfg.copy_start:
+            start_as_copy(self.editor)
         self.critic = Critic(cfg.size, self.read.width, cfg.critic_base).to(device)
         self.mean = copy.deepcopy(self.editor).requires_grad_(False).eval()        # what is judged, saved and used
         self.optimiser = torch.optim.Adam(self.editor.parameters(), cfg.lr, (0.0, 0.9))
@@ -229,14 +268,15 @@ class Task:
         if cfg.oracle:
             terms["oracle"] = cfg.oracle * (edited - parallel.shard(target).to(self.device)).abs().mean()
         parallel.descend(self.optimiser, sum(terms.values()))
-        self.follow()
+        self.follow(step)
         return losses | {name: term.detach() for name, term in terms.items()}
 
     @torch.no_grad()
-    def follow(self):
-        """Running mean of the editor's weights; the statistics of its batch norms are copied."""
+    def follow(self, step):
+        """Running mean of the editor's weights, over fewer steps at first; the statistics of its batch norms are copied."""
+        decay = min(self.cfg.average, (1 + step) / (10 + step))
         for ours, theirs in zip(self.mean.parameters(), self.editor.parameters(), strict=True):
-            ours.lerp_(theirs, 1 - self.cfg.average)
+            ours.lerp_(theirs, 1 - decay)
         for ours, theirs in zip(self.mean.buffers(), self.editor.buffers(), strict=True):
             ours.copy_(theirs)
 

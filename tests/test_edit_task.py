@@ -10,10 +10,10 @@ import train
 from data import edits, views
 from data.world import pick, render
 from edit import sample, task
-from edit.model import Critic, up_conv
-from edit.task import Config, Task, gradient_penalty, hinge, verdict
+from edit.model import Critic, Generator, up_conv
+from edit.task import Config, Task, gradient_penalty, hinge, start_as_copy, verdict, whitening
 
-TINY = {"size": 32, "base": 2, "critic_base": 2, "code_width": 4, "kernels": 2, "batch": 2, "more": 1, "steps": 6, "eval_every": 3}
+TINY = {"size": 32, "base": 6, "critic_base": 2, "code_width": 4, "kernels": 2, "batch": 2, "more": 1, "steps": 6, "eval_every": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +87,22 @@ def test_doubling_then_convolving_is_one_transposed_convolution():
     ours, theirs = (torch.autograd.grad(y.square().sum(), [x, conv.weight]) for y in (up_conv(conv, x), slow))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_whitened_sentences_are_uncorrelated():
+    x = torch.randn(500, 6) @ torch.randn(6, 6) + 3
+    mean, scale = whitening(x, least=0.0)
+    torch.testing.assert_close(torch.cov(((x - mean) @ scale).T, correction=0), torch.eye(6), atol=1e-3, rtol=0)
+
+
+def test_the_untrained_editor_copies():
+    torch.manual_seed(0)
+    editor, image = Generator(64, 8, 8, 8), edits.load("builtin", split="train").source(range(4))
+    before = (editor(image, torch.randn(4, 8)) - image).abs().mean()
+    start_as_copy(editor)
+    assert (editor(image, torch.randn(4, 8)) - image).abs().mean() < 0.08 < before
+    with pytest.raises(ValueError, match="too narrow"):
+        Config(base=4)
 
 
 def test_one_look_serves_every_sentence():
