@@ -5,7 +5,7 @@ import tarfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from data.safe import DAMAGED, missing, outside, reason
+from data.safe import DAMAGED, outside, reason, there
 
 
 def members(archive):
@@ -29,10 +29,8 @@ def unpack(archive, folder, limit=64 * 2**30):
     absolute names, links, devices, an entry that exists, more than `limit` bytes (really written, whatever the
     headers claim).
     """
-    archive, folder = Path(archive), Path(folder)
+    archive, folder = there(archive), Path(folder)
     aside, left, count = folder / f".{archive.name}.part", limit, 0
-    if not archive.is_file():
-        raise missing(archive)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:

@@ -113,10 +113,8 @@ def film(n, split, seed):
 
 def from_zip(file):
     """<video>/<000..>.jpg inside a zip; nothing is unpacked."""
-    try:
+    with safe.damage(file, "is not a zip, or it is cut"):
         archive = zipfile.ZipFile(file)
-    except safe.DAMAGED as error:
-        raise ValueError(f"{file} is not a zip, or it is cut ({safe.reason(error)}); copy it again") from error
     videos = {}
     for info in sorted(archive.infolist(), key=lambda info: info.filename):
         parts = info.filename.rsplit("/", 2)
@@ -128,10 +126,8 @@ def from_zip(file):
     def read(info):
         if info.file_size > LARGEST:
             raise ValueError(f"{file}: {info.filename} claims {info.file_size:,} bytes, which no frame has")
-        try:
+        with safe.damage(f"{file}: {info.filename}"):
             raw = archive.read(info)
-        except safe.DAMAGED as error:
-            raise ValueError(f"{file}: {info.filename} is damaged ({safe.reason(error)}); copy it again") from error
         return safe.open_image(raw, f"{file}: {info.filename}")
 
     return {name: lambda infos=infos: Lazy(len(infos), lambda n: read(infos[n]))
@@ -140,15 +136,11 @@ def from_zip(file):
 
 def gif(file):
     """All frames of a GIF, each composed over the ones before it, on white."""
-    try:
-        with Image.open(file) as image:
-            frames = []
-            for frame in ImageSequence.Iterator(image):
-                safe.check_size(frame, len(frames) + 1)
-                frames.append(safe.on_white(frame.copy()))
-    except (*safe.DAMAGED, IndexError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is not a GIF that can be read, or it is cut ({safe.reason(error)}); copy it "
-                         "again") from error
+    frames = []
+    with safe.damage(file, "is not a GIF that can be read, or it is cut"), Image.open(file) as image:
+        for frame in ImageSequence.Iterator(image):
+            safe.check_size(frame, len(frames) + 1)
+            frames.append(safe.on_white(frame.copy()))
     if len(frames) < 2:
         raise ValueError(f"{file} has a single frame, so nothing in it moves; a video needs at least two")
     return frames
@@ -228,9 +220,7 @@ def read_hdf5(file, name):
 
 def read_glove(file, table):
     """Word vectors of a table {token: row} from glove.*.txt; words without one stay zero.   -> (V, D) float32"""
-    if not Path(file).is_file():
-        raise safe.missing(file, "glove.840B.300d.txt, one word and its numbers a line")
-    vectors = None
+    vectors, file = None, safe.there(file, "glove.840B.300d.txt, one word and its numbers a line")
     with open(file, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             word, *values = line.rstrip().split(" ")

@@ -17,13 +17,15 @@ import tarfile
 import tokenize
 import zipfile
 import zlib
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps
 
-DAMAGED = (OSError, EOFError, ValueError, KeyError, SyntaxError, struct.error, zlib.error, zipfile.BadZipFile,
-           tarfile.TarError, tokenize.TokenError, OverflowError, MemoryError, NotImplementedError, RuntimeError)
+DAMAGED = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, SyntaxError, struct.error, zlib.error,
+           zipfile.BadZipFile, tarfile.TarError, tokenize.TokenError, pickle.UnpicklingError, OverflowError, MemoryError,
+           NotImplementedError, RuntimeError, Image.DecompressionBombError)      # what damaged bytes lead readers to
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 LONGEST = 250                 # how many times as long as wide a picture may be: enlarged, it would fill the memory
 
@@ -35,6 +37,22 @@ def reason(error):
 
 def missing(path, hint=""):
     return FileNotFoundError(f"{str(path):.300} is missing" + (f": {hint}" if hint else ""))
+
+
+def there(path, hint=""):
+    """A file's path, if there is such a file."""
+    if not Path(path).is_file():
+        raise missing(path, hint)
+    return Path(path)
+
+
+@contextmanager
+def damage(where, complaint="is damaged or cut"):
+    """Whatever goes wrong in this block is the fault of the file `where`, and one sentence says so."""
+    try:
+        yield
+    except DAMAGED as error:
+        raise ValueError(f"{where} {complaint} ({reason(error)}); copy it again") from error
 
 
 def outside(name):
@@ -49,30 +67,28 @@ def outside(name):
 
 def read_text(path, hint=""):
     """A UTF-8 text file, gzipped if its name ends in .gz; a byte order mark is dropped."""
-    path = Path(path)
-    if not path.is_file():
-        raise missing(path, hint)
+    path = there(path, hint)
+    with damage(path):
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     try:
-        raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1 if path.suffix != ".gz" else "?"
-        raise ValueError(f"{path}, line {line}: byte {error.object[error.start]:#x} is not UTF-8 text; save the "
-                         "file as UTF-8") from error
-    except DAMAGED as error:
-        raise ValueError(f"{path} is damaged or cut ({reason(error)}); copy it again") from error
+        line = raw[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: byte {raw[error.start]:#x} is not UTF-8 text; save the file as UTF-8") from error
 
 
 def read_json(path, kind, hint=""):
     """A JSON file whose outermost value is a `kind` (list or dict)."""
-    try:
-        table = json.loads(read_text(path, hint))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON, or it is cut ({reason(error)}); copy it again") from error
-    if not isinstance(table, kind):
-        raise ValueError(f"{path} holds a JSON {type(table).__name__}, expected a {kind.__name__}"
-                         + (f": {hint}" if hint else ""))
-    return table
+    text = read_text(path, hint)
+    with damage(path, "is not JSON, or it is cut"):
+        table = json.loads(text)
+    return of_kind(table, kind, path, hint)
+
+
+def of_kind(found, kind, where, hint=""):
+    if not isinstance(found, kind):
+        raise ValueError(f"{where} holds a {type(found).__name__}, expected a {named(kind)}" + (f": {hint}" if hint else ""))
+    return found
 
 
 def read_rows(path, hint="", **how):
@@ -81,7 +97,7 @@ def read_rows(path, hint="", **how):
     try:
         return [(reader.line_num, row) for row in reader]
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}; is it a table?") from error
+        raise ValueError(f"{path}, line {reader.line_num + 1}: {error}; is it a table?") from error
 
 
 def read_jsonl(path, fields, hint=""):
@@ -90,10 +106,8 @@ def read_jsonl(path, fields, hint=""):
     for number, line in enumerate(read_text(path, hint).splitlines(), 1):
         if not line.strip():
             continue
-        try:
+        with damage(f"{path}, line {number}", "is not JSON"):
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({reason(error)})") from error
         check_row(row, fields, f"{path}, line {number}")
         rows.append(row)
     return rows
@@ -115,16 +129,12 @@ def named(kind):
 
 def read_arrays(path, names=None, hint=""):
     """An .npz as a dict of arrays, or an .npy as one array; never a pickle.   names: arrays an .npz must have"""
-    if not Path(path).is_file():
-        raise missing(path, hint)
-    try:
-        with open(path, "rb") as file:
-            found = np.load(file, allow_pickle=False)
-            found = found if isinstance(found, np.ndarray) else {k: found[k] for k in (names or found.files)}
-            for x in found.values() if isinstance(found, dict) else [found]:
-                readable(x)
-    except DAMAGED as error:
-        raise ValueError(f"{path} is damaged, cut, or not the numpy file expected ({reason(error)})") from error
+    with open(there(path, hint), "rb") as file, damage(path, "is damaged, cut, or not the numpy file expected"):
+        found = np.load(file, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            found = readable(found)
+        else:
+            found = {name: readable(found[name]) for name in (names or found.files)}
     if names and not isinstance(found, dict):
         raise ValueError(f"{path} is one array; it must be an .npz with {', '.join(names)}")
     return found
@@ -147,18 +157,13 @@ def open_image(source, where=None, upright=False):
     where     the name used in error messages, if `source` is not a path
     upright   turn photographs as their EXIF tag says; leave False where boxes or labels use the stored pixels
     """
-    where = where or source
-    if isinstance(source, str | os.PathLike) and not Path(source).is_file():
-        raise missing(source)
-    try:
+    if isinstance(source, str | os.PathLike):
+        there(source)
+    with damage(where or source, "is not a picture that can be read, or it is cut"):
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             check_size(image)
             image.load()
-            image = ImageOps.exif_transpose(image) if upright else image
-            return on_white(image)
-    except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(f"{where} is not a picture that can be read, or it is cut ({reason(error)}); copy it "
-                         "again or take it out of the list") from error
+            return on_white(ImageOps.exif_transpose(image) if upright else image)
 
 
 def check_size(image, frames=1):
@@ -183,12 +188,16 @@ def on_white(image):
 # -- pickles -------------------------------------------------------------------------------------------------
 
 
+class Refused(Exception):
+    """What a pickle asked for that is not read."""
+
+
 class Dtype:
     """Stand-in for numpy.dtype: numbers, fixed-width text, and `O` (a list of already checked values)."""
 
     def __init__(self, code, *_):
         if not re.fullmatch(r"[<>=|]?([biuf]\d{1,2}|[SU]\d{1,6}|O8?)", code):
-            raise pickle.UnpicklingError(f"an array of dtype {code!r}")
+            raise Refused(f"an array of dtype {code!r}")
         self.value = np.dtype(code)
 
     def __setstate__(self, state):
@@ -240,7 +249,7 @@ def scalar(dtype, raw):
 
 def latin1(text, codec="latin1"):                          # how protocol 2 writes bytes
     if codecs.lookup(codec).name != "iso8859-1":
-        raise pickle.UnpicklingError(f"text in {codec!r}")
+        raise Refused(f"text in {codec!r}")
     return text.encode("latin1")
 
 
@@ -262,7 +271,7 @@ class Reader(pickle._Unpickler):
     def find_class(self, module, name):
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)      # Python 2 names
         if (module, name) not in ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name}")
+            raise Refused(f"{module}.{name}")
         return ALLOWED[module, name]
 
 
@@ -301,41 +310,25 @@ def load_pickle(path, kind=object, hint=""):
     raises  ValueError that names the file and the class it asked for
     A protocol-0 pickle that went through a Windows checkout (CR LF at every line's end) is repaired on the way.
     """
-    if not isinstance(path, bytes) and not Path(path).is_file():
-        raise missing(path, hint)
-    raw, where = (path, hint or "the pickle") if isinstance(path, bytes) else (Path(path).read_bytes(), path)
+    raw, where = (path, hint or "the pickle") if isinstance(path, bytes) else (there(path, hint).read_bytes(), path)
     if not raw.startswith(b"\x80") and 0 < raw.count(b"\r\n") == raw.count(b"\n"):
         raw = raw.replace(b"\r\n", b"\n")
     try:
-        found = plain(Reader(io.BytesIO(raw), encoding="latin1").load())
-    except pickle.UnpicklingError as error:
-        if re.fullmatch(r"[\w.<>]+\.[\w.<>]+|an array of dtype.*|text in.*", str(error)):
-            raise ValueError(f"{where} is refused: the pickle asks for {error}, and only numbers, text, "
-                             "containers, arrays and sparse matrices are read") from error
-        raise ValueError(f"{where} is not a pickle, or it is cut ({reason(error)}); copy it again in binary "
-                         "mode") from error
-    except (*DAMAGED, AttributeError, TypeError, LookupError) as error:
-        raise ValueError(f"{where} is not a pickle of data, or it is cut ({reason(error)}); copy it again") from error
+        with damage(where, "is not a pickle of data, or it is cut"):
+            found = plain(Reader(io.BytesIO(raw), encoding="latin1").load())
+    except Refused as error:                               # no kind of DAMAGED
+        raise ValueError(f"{where} is refused: the pickle asks for {error}, and only numbers, text, containers, arrays "
+                         "and sparse matrices are read") from error
     return of_kind(found, kind, where)
-
-
-def of_kind(found, kind, where):
-    if not isinstance(found, kind):
-        raise ValueError(f"{where} holds one {type(found).__name__}, expected one {named(kind)}")
-    return found
 
 
 def load_object_array(path, kind=object, hint=""):
     """An .npy file of a dict, a list of arrays or an array of objects: its pickle goes through `load_pickle`."""
-    if not Path(path).is_file():
-        raise missing(path, hint)
-    with open(path, "rb") as file:
-        try:
+    with open(there(path, hint), "rb") as file:
+        with damage(path, "is not an .npy file, or it is cut"):
             headers = np.lib.format
             first = headers.read_magic(file) == (1, 0)
             dtype = (headers.read_array_header_1_0 if first else headers.read_array_header_2_0)(file)[2]
-        except DAMAGED as error:
-            raise ValueError(f"{path} is not an .npy file, or it is cut ({reason(error)})") from error
         found = load_pickle(file.read(), hint=str(path)) if dtype.hasobject else read_arrays(path)
     return of_kind(found.item() if isinstance(found, np.ndarray) and found.ndim == 0 else found, kind, path)
 
@@ -345,14 +338,11 @@ def load_object_array(path, kind=object, hint=""):
 
 def open_hdf5(path, hint=""):
     """An open h5py file, if h5py happens to be installed; this project does without it everywhere else."""
-    if not Path(path).is_file():
-        raise missing(path, hint)
+    there(path, hint)
     try:
         import h5py
     except ImportError as error:
         raise ValueError(f"{path} is an HDF5 file and the package h5py is not installed: type  pip install h5py "
                          ", or convert the file to .npz where it is") from error
-    try:
+    with damage(path, "is not an HDF5 file, or it is cut"):
         return h5py.File(path, "r")
-    except DAMAGED as error:
-        raise ValueError(f"{path} is not an HDF5 file, or it is cut ({reason(error)}); copy it again") from error

@@ -11,9 +11,10 @@ import html
 import re
 import unicodedata
 import zlib
-from pathlib import Path
 
 import torch
+
+from data.safe import there
 
 MERGES = 49152 - 256 - 2              # merges that CLIP uses; the published file lists 262,145, the rest is ignored
 SPECIALS = ("<|startoftext|>", "<|endoftext|>")
@@ -75,10 +76,8 @@ def read_merges(path):
 
     raises  FileNotFoundError, or ValueError for a file that is cut short, not text or not a table of merges
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing: CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz (1.3 MB), comes "
-                                "with OpenAI's CLIP; put it beside the weights and pass its path")
-    raw = Path(path).read_bytes()
+    raw = there(path, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz (1.3 MB), comes with OpenAI's CLIP; put it beside the "
+                      "weights and pass its path").read_bytes()
     try:
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
     except (EOFError, OSError, zlib.error, UnicodeDecodeError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data.safe import reason
+from data.safe import reason, there
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -56,8 +56,7 @@ def save_checkpoint(path, checkpoint, before=None):
 
 def load_checkpoint(path, device="cpu"):
     """Read what `save_checkpoint` wrote.   raises FileNotFoundError or ValueError, each with what to type"""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing: train first, or point --ckpt at another checkpoint")
+    path = there(path, "train first, or point --ckpt at another checkpoint")
     found = torch_load(path, "is damaged or not a checkpoint of this project", device)
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a checkpoint of this project: it holds one {type(found).__name__}")
@@ -101,9 +100,7 @@ def read_safetensors(path):
 
     raises  FileNotFoundError, or ValueError for a file that is cut short, padded, or whose header lies about it
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing: a safetensors file was expected there")
-    size = Path(path).stat().st_size
+    size = there(path, "a safetensors file was expected there").stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, LONGEST_HEADER):
@@ -169,8 +166,7 @@ def read_state(path):
     """
     if str(path).endswith(".safetensors"):
         return read_safetensors(path)
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing: a file of weights (.safetensors, .pt, .bin) was expected there")
+    there(path, "a file of weights (.safetensors, .pt, .bin) was expected there")
     state = torch_load(path, "is damaged, or holds more than plain tensors, which is refused because reading it would "
                              "run code")
     for wrapper in ("state_dict", "model"):

@@ -173,7 +173,7 @@ def test_flintstones_is_read_with_and_without_the_cache_of_followers(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, sentence", [
-    ("flintstones_annotations_v1-0.json", b"{}", "annotations_v1-0.json holds a JSON dict, expected a list"),
+    ("flintstones_annotations_v1-0.json", b"{}", "annotations_v1-0.json holds a dict, expected a list"),
     ("flintstones_annotations_v1-0.json", b"[1]", "annotations_v1-0.json, entry 0 is a int, expected an object with globalID"),
     ("flintstones_annotations_v1-0.json", b'[{"globalID": "s_01_e_0', "annotations_v1-0.json is not JSON, or it is cut"),
     ("train-val-test_split.json", b'{"train": 3}', "split.json needs lists under train, val and test"),

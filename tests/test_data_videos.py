@@ -98,7 +98,7 @@ GOOD = {"answer": "cat", "id": 0, "question": "who sleeps?", "video_id": 3}
 
 
 @pytest.mark.parametrize("rows, sentence", [
-    ({"a": 1}, r"train_qa\.json holds a JSON dict, expected a list"), ("[{", r"train_qa\.json is not JSON, or it is cut"),
+    ({"a": 1}, r"train_qa\.json holds a dict, expected a list"), ("[{", r"train_qa\.json is not JSON, or it is cut"),
     ("[" * 100000, r"train_qa\.json is not JSON, or it is cut"),
     ([GOOD, 7], r"train_qa\.json, entry 1 is a int, expected an object with question, answer, video_id"),
     ([{**GOOD, "video_id": "3"}], r"entry 0: 'video_id' is '3', expected int"),
