@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from data import quiz, safe
-from data.parts import FILMS, Lazy, to_tensor
+from data.parts import FILMS, Lazy, squeeze, to_tensor
 
 LARGEST = 64 * 2**20                      # bytes of one packed picture: more is not a frame
 VIDEO_FILES = {".mp4", ".avi", ".webm", ".mkv", ".mov"}
@@ -40,7 +40,7 @@ class Frames:
         """`frames` pictures around each of `clips` centres, squeezed.   -> (S, F, 3, size, size) in [-1, 1]"""
         video = self[name]
         rows = self.rows(len(video), clips, frames)
-        kept = {int(n): squeeze(video[int(n)], size) for n in np.unique(rows)}
+        kept = {int(n): squeeze(video[int(n)], size, Image.BICUBIC) for n in np.unique(rows)}
         return to_tensor([kept[int(n)] for n in rows.ravel()]).view(clips, frames, 3, size, size)
 
 
@@ -59,10 +59,6 @@ def blocks(total, clips, frames):
     if total != clips * frames:
         return clip_rows(total, clips, frames)
     return np.arange(total).reshape(clips, frames)
-
-
-def squeeze(image, size):
-    return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.BICUBIC))
 
 
 # -- where frames come from ----------------------------------------------------------------------------------

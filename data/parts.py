@@ -57,6 +57,11 @@ def crop(picture, size, flip, seed, row):
     return window[:, ::-1] if mirror else window
 
 
+def squeeze(image, size, how=Image.BILINEAR):
+    """Any RGB Pillow image squeezed to size x size.   -> uint8 (size, size, 3)"""
+    return np.asarray(image if image.size == (size, size) else image.resize((size, size), how))
+
+
 def shrink(image, size, margin=MARGIN):
     """RGB Pillow image -> uint8 array whose short side is int(size * margin); bilinear, averaging."""
     short = int(size * margin)

@@ -66,10 +66,8 @@ PLACES = {                                # set: (where it comes from, how its f
              "images/{train2014,val2014}/<key>.jpg, text/<key>.txt, {train,test}/filenames.pickle"),
     "flowers": (f"Oxford 102 Flowers in DF-GAN's packaging; {UNKNOWN}",
                 "oxford-102-flowers/images/<key>.jpg, text/<key>.txt, {train,test}/filenames.pickle"),
-    "cc3m": (f"Conceptual Captions 3M with GALIP's keys; {UNKNOWN}",
-             "images/<key>.jpg, text/<key before its _>.txt, {train,test}/filenames.pickle"),
-    "cc12m": (f"Conceptual Captions 12M with GALIP's keys; {UNKNOWN}",
-              "images/<key>.jpg, text/<key before its _>.txt, {train,test}/filenames.pickle"),
+    **{f"cc{size}": (f"Conceptual Captions {size.upper()} with GALIP's keys; {UNKNOWN}",
+                     "images/<key>.jpg, text/<key before its _>.txt, {train,test}/filenames.pickle") for size in ("3m", "12m")},
     "noto": ("github.com/googlefonts/noto-emoji (png/128), names of github.com/milesj/emojibase, made into packs",
              "noto_{train,test}.npz, .jsonl and _edits.tsv"),
     "emojitwo": ("github.com/EmojiTwo/emojitwo (png/64), names of github.com/milesj/emojibase, made into packs",
@@ -150,9 +148,10 @@ def transfer(url, part, start, size, timeout):
             goes_on = answer.status == 206 and said.startswith(f"bytes {start}-")
             have = start if goes_on else 0
             bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, leave=False)
-            with open_part(part, "ab" if goes_on else "wb") as out, bar:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "ab" if goes_on else "wb") as out, bar:
                 while have <= size and (block := answer.read(BLOCK)):
-                    write(out, block, part)
+                    out.write(block)
                     have, got = have + len(block), got + len(block)
                     bar.update(len(block))
     except urllib.error.HTTPError as error:
@@ -162,24 +161,10 @@ def transfer(url, part, start, size, timeout):
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
         raise ValueError(f"{url} cannot be reached ({reason(getattr(error, 'reason', error))}); the same command tries "
                          "again") from error
+    except OSError as error:              # disk full, quota, no such folder
+        raise ValueError(f"{part} cannot be written ({error.strerror}); make room and the same command goes on, or "
+                         "choose another --root") from error
     return got
-
-
-def open_part(part, mode):
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        return open(part, mode)
-    except OSError as error:
-        raise ValueError(f"{part} cannot be written ({error.strerror}); choose another --root") from error
-
-
-def write(out, block, part):
-    try:
-        out.write(block)
-        out.flush()
-    except OSError as error:              # disk full, quota
-        raise ValueError(f"{part} cannot be written ({error.strerror}); make room, then the same command goes "
-                         "on") from error
 
 
 def listed(name, host=HOST):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data import safe, views, world
 from data.batches import seed_from
-from data.parts import BUILTIN, Lazy, check_name, read_pack, to_tensor, two_parts
+from data.parts import BUILTIN, Lazy, check_name, read_pack, squeeze, to_tensor, two_parts
 
 NAMES = ("builtin", "codraw", "clevr", "pororo", "flintstones", "hdf5")
 CLEVR = {"shape": ("cube", "sphere", "cylinder"),                      # columns 0..14 of a block, one-hot
@@ -116,7 +116,7 @@ def pack(name, root, part, size):
     names = [str(row.get("id", row.get("story", n))) for n, row in enumerate(rows)]
 
     def frames(row, seed):
-        return [square(Image.fromarray(frame), size) for frame in images[row]]
+        return [squeeze(Image.fromarray(frame), size) for frame in images[row]]
 
     return Stories(name, size, [row["captions"] for row in rows], names, stacked(frames), extra)
 
@@ -125,11 +125,6 @@ def check_captions(found, frames, where):
     """Raises ValueError unless there is a sentence for every frame."""
     if len(found) != frames or not all(isinstance(text, str) and text.strip() for text in found):
         raise ValueError(f"{where} needs {frames} captions, one a frame and none empty; it has {len(found)}")
-
-
-def square(image, size):
-    """Any RGB picture squeezed to size x size.   -> uint8 (size, size, 3)"""
-    return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.BILINEAR))
 
 
 def stacked(frames):
@@ -156,7 +151,7 @@ def clevr(name, root, part, size):
     attributes = [np.stack([table[file.stem] for file in story]) for story in files]
 
     def frames(row, seed):
-        return [square(safe.open_image(file), size) for file in files[row]]
+        return [squeeze(safe.open_image(file), size) for file in files[row]]
 
     told = [clevr_captions(blocks, root / "CLEVR_dict.npy") for blocks in attributes]
     return Stories(name, size, told, numbers, stacked(frames), {"attributes": attributes})
@@ -208,7 +203,7 @@ def pororo(root, split, size):
 
     def frames(row, seed):
         strips = [(safe.open_image(root / scene), root / scene) for scene in scenes[row]]
-        return [square(one_of_strip(*strip, seed, row, f), size) for f, strip in enumerate(strips)]
+        return [squeeze(one_of_strip(*strip, seed, row, f), size) for f, strip in enumerate(strips)]
 
     told = [[texts[0] for texts in story] for story in extra["descriptions"]]
     return Stories("pororo", size, told, [story[0] for story in keys], stacked(frames), extra)
@@ -338,7 +333,7 @@ def one_of_clip(file, size, seed, row, f):
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not len(clip):
         raise ValueError(f"{file} is {clip.dtype} {clip.shape}; it must be uint8 (frames, height, width, 3)")
     n = len(clip) // 2 if seed is None else seed_from(seed, row, f) % len(clip)
-    return square(Image.fromarray(clip[n]), size)
+    return squeeze(Image.fromarray(clip[n]), size)
 
 
 # -- AR-LDM's HDF5 -------------------------------------------------------------------------------------------
@@ -360,6 +355,6 @@ def hdf5(file, split, size):
     def frames(row, seed):
         places = [f"{file}, {part}/image{f} {row}" for f in range(5)]
         strips = [safe.open_image(bytes(group[f"image{f}"][row]), places[f]) for f in range(5)]
-        return [square(one_of_strip(strips[f], places[f], seed, row, f), size) for f in range(5)]
+        return [squeeze(one_of_strip(strips[f], places[f], seed, row, f), size) for f in range(5)]
 
     return Stories("hdf5", size, captions, [str(n) for n in range(len(captions))], stacked(frames))

@@ -138,7 +138,7 @@ class Full(io.FileIO):
 
 def test_a_full_disk_keeps_what_came_and_the_next_try_goes_on(server, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "open_part", lambda part, mode: Full(part, mode))
+        patch.setattr(prepare, "open", Full, raising=False)
         with pytest.raises(ValueError, match=r"x\.bin\.part cannot be written \(No space left on device\); "
                                              r"make room"):
             fetch(f"{server}/good", tmp_path / "x.bin", len(BODY), SHA)
@@ -149,7 +149,7 @@ def test_a_full_disk_keeps_what_came_and_the_next_try_goes_on(server, tmp_path, 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(server, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"x\.bin\.part cannot be written \(.*\); choose another --root"):
+    with pytest.raises(ValueError, match=r"x\.bin\.part cannot be written \(.*\); make room .* or choose another --root"):
         fetch(f"{server}/good", tmp_path / "file" / "x.bin", len(BODY), SHA)
 
 
