@@ -13,7 +13,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data import clip as clips
@@ -24,8 +23,8 @@ from data.parts import Lazy
 from data.videos import question_words
 from data.weights import load_checkpoint
 from videoqa.explain import draw, without_each_clip
-from videoqa.features import extract, looked
-from videoqa.task import Config, Standard, Words, build
+from videoqa.features import Standard, extract, looked
+from videoqa.task import Config, Words, build
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Answerer:
         self.words = Words()
         self.words.load_state_dict(state["words"])
         self.ids = {word: n for n, word in enumerate(self.words.tables["question"])}
-        self.standard = Standard(state["standard"]["mean"].shape[1])
+        self.standard = Standard(state["standard"]["mean"].shape[1], state["standard"]["table"])
         self.standard.load_state_dict(state["standard"])
         sizes = [len(self.words.tables[name]) for name in ("question", "answer")]
         self.model = build(self.cfg, *sizes, self.standard.width)

@@ -10,10 +10,10 @@ LEFT, CELL, LINE = 170, 66, 18             # points: the column of labels, a cli
 
 @torch.no_grad()
 def without_each_clip(model, tokens, appearance, motion, answer):
-    """How much the answer's probability falls when a clip is replaced by the mean of all videos.   -> (N,)
+    """How much the answer's probability falls when a clip is replaced by features of zero.   -> (N,)
 
-    tokens (1, S), standardised appearance (1, N, F, D), motion (1, N, D): zero is the mean. Unlike a score, whose sign nothing
-    in the loss ties to relevance, this says what the model used.
+    tokens (1, S), standardised appearance (1, N, F, D), motion (1, N, D). Unlike a score, whose sign nothing in the loss ties to
+    relevance, this says what the model used.
     """
     n = motion.shape[1]
     kept = 1 - torch.eye(n + 1, n, device=motion.device)                              # the last row keeps all

@@ -18,6 +18,8 @@ from data import clip as clips
 from data.weights import read_safetensors, write_safetensors
 
 CELLS, COARSE = 4, 16                    # grid of the motion features; pixels a side of what differences are taken of
+FLOW = 6 * CELLS**2                      # numbers that tell the motion of a clip
+MOTION_GAIN, FLOW_GAIN = 0.3, 0.4        # how loud motion is beside appearance, and flow beside what moves
 NOISE = 1e-3                             # sums this small come from rounding and compression
 CHUNK = {"cpu": 64, "cuda": 2048}        # frames that go through CLIP at once: on a CPU they stay in its cache
 
@@ -63,6 +65,51 @@ def extract(frames, clip, look=2):
     width = max(appearance.shape[-1], motion.shape[-1])
     appearance, motion = (F.pad(x, (0, width - x.shape[-1])) for x in (appearance, motion))
     return appearance.half(), motion.half()
+
+
+@torch.no_grad()
+def word_table(clip):
+    """What the small CLIP's text tower makes of "a WORD", for every word it knows.   -> (W, E), of length 1"""
+    tokens = clips.small_tokeniser()
+    return F.normalize(clip.encode_text(tokens([f"a {word}" for word in tokens.words]))[0], dim=1)
+
+
+class Standard(torch.nn.Module):
+    """Features as the network reads them.   appearance (V, N, L, D), motion (V, N, D) -> both `width` wide, float32
+
+    Of CLIP's features: how much better a frame matches each word than the video's frames do on average (nothing where it
+    matches worse), so that a clip shows what sets it apart and what is alike everywhere, such as a background, drops out; for
+    motion its mean over the clip beside the flow, which is also taken relative to the video. Each feature to unit variance.
+    Of feature files (table None): zero mean and unit variance.
+    """
+
+    def __init__(self, features, table=None):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(0, 0) if table is None else table.clone())
+        self.width = features if table is None else len(table) + FLOW
+        self.register_buffer("mean", torch.zeros(2, self.width))
+        self.register_buffer("scale", torch.ones(2, self.width))
+
+    def read(self, appearance, motion):
+        if not len(self.table):
+            return appearance.float(), motion.float()
+        seen = F.normalize(appearance[..., : self.table.shape[1]].float(), dim=3)
+        match = ((seen - seen.mean((1, 2), keepdim=True)) @ self.table.T).relu()          # (V, N, L, W)
+        moves = motion[..., :FLOW].float()
+        return F.pad(match, (0, FLOW)), torch.cat([match.mean(2), moves - moves.mean(1, keepdim=True)], 2)
+
+    def fit(self, appearance, motion, videos=512):
+        """Means and scales from the first training videos."""
+        for n, x in enumerate(self.read(appearance[:videos].to(self.scale.device), motion[:videos].to(self.scale.device))):
+            x = x.flatten(0, -2)
+            self.scale[n] = 1 / (x.std(0) + 0.1 * x.std()) if len(x) > 1 else 1.0
+            self.mean[n] = 0.0 if len(self.table) else x.mean(0)
+        if len(self.table):                                # small motion: its scores start near 1/2, where they learn
+            self.scale[1] *= MOTION_GAIN
+            self.scale[1, len(self.table) :] *= FLOW_GAIN
+
+    def forward(self, *features):
+        return [(x - mean) * scale for x, mean, scale in zip(self.read(*features), self.mean, self.scale, strict=True)]
 
 
 def digest(*parts):

@@ -20,7 +20,7 @@ from data.frames import Features, load_features, open_frames, read_glove
 from data.metrics import accuracy_by_type
 from data.videos import Question, build_vocabulary, encode, load_questions, question_words
 from videoqa.explain import draw, without_each_clip
-from videoqa.features import cached, digest, extract, looked
+from videoqa.features import Standard, cached, digest, extract, looked, word_table
 from videoqa.model import DualVGR, QuestionOnly
 
 STREAMS = ("appearance", "motion")
@@ -44,19 +44,18 @@ class Config:
     frames: int = 4                  # frames of a clip
     look: int = 2                    # of which CLIP looks at, F; motion features see all
     seed: int = 0                    # random seed
-    steps: int = 1500                # optimiser steps
+    steps: int = 1000                # optimiser steps
     eval_every: int = 250            # steps between evaluations
     patience: int = 0                # evaluations without improvement before stopping; 0: never
-    batch: int = 192                 # questions a step, B (official code: 256)
-    per_video: int = 4               # of these, about the same video, which is then encoded once (official code: 1)
+    batch: int = 256                 # questions a step, B
+    per_video: int = 1               # of these, about the same video, which is then encoded once (official code: 1)
     width: int = 64                  # module width, d (official code: 768)
     word_width: int = 32             # word vectors, w (official code: 300)
     heads: int = 4                   # of each graph attention
     cycles: int = 2                  # reasoning cycles, T
-    mfb: int = 64                    # width of the bilinear fusion (official code: 256)
+    mfb: int = 256                   # width of the bilinear fusion
     dropout: float = 0.0             # factor on every dropout rate (the paper: 1)
-    word_scale: float = 2.0          # word vectors start in U(-scale, scale) (official code: 1, then GloVe)
-    lr: float = 4e-3                 # Adam step size (official code: 1e-4)
+    lr: float = 3e-3                 # Adam step size (official code: 1e-4)
     schedule: str = "cosine"         # cosine to 0 after 100 steps of warm-up, or halve: after 10 and 20 of 25 epochs
     alpha: float = 0.0               # weight of the consistency loss (official code's default: 1)
     beta: float = 0.0                # weight of the disparity loss, a sample (official code's default: 1e-8 x batch)
@@ -87,7 +86,7 @@ def paper(name):
     questions, n = sets[name]
     epoch = round(questions / 256)
     return {"data": name, "clips": n, "frames": 16, "look": 16, "batch": 256, "per_video": 1, "width": 768, "word_width": 300,
-            "mfb": 256, "dropout": 1.0, "word_scale": 1.0, "lr": 1e-4, "schedule": "halve", "alpha": 1.0, "beta": 1e-8 * 256,
+            "mfb": 256, "dropout": 1.0, "lr": 1e-4, "schedule": "halve", "alpha": 1.0, "beta": 1e-8 * 256,
             "eval_every": epoch, "steps": 25 * epoch}
 
 
@@ -222,7 +221,7 @@ class Task:
         self.parts, vocabulary = load(cfg, device)
         train = self.parts["train"]
         self.words, self.groups = Words(vocabulary), groups_of(train.row, cfg.per_video)
-        self.standard = Standard(train.appearance.shape[-1]).to(device)
+        self.standard = Standard(train.appearance.shape[-1], None if cfg.features else word_table(clips.small())).to(device)
         self.standard.fit(train.appearance, train.motion)
         self.model = build(cfg, len(self.words.tables["question"]), len(self.words.tables["answer"]), self.standard.width).to(device)
         if cfg.glove:
@@ -248,7 +247,7 @@ class Task:
     def run(self, part, rows, keep=None):
         """The model on some questions of a part; each of their videos is encoded once.   -> Output
 
-        keep (B, N): clips with 0 are replaced by the mean of all videos, for this question alone.
+        keep (B, N): clips with 0 are replaced by features of zero, for this question alone.
         """
         videos, which = part.row[rows].unique(return_inverse=True)
         tokens, lengths = part.tokens[rows], part.lengths[rows]
@@ -336,7 +335,7 @@ class Task:
             for t, cycle in enumerate(scores, 1):
                 for name, s in zip(STREAMS, cycle[:, known], strict=True):
                     orders |= {f"with the highest score, {name} {t}": s, f"with the lowest score, {name} {t}": -s}
-        lines = [f"accuracy on {len(known)} test questions that have evidence, {clips} clips replaced by the mean of all videos:",
+        lines = [f"accuracy on {len(known)} test questions that have evidence, {clips} clips replaced by zeros:",
                  f"  {'none':40} {float((logits[known].argmax(1) == part.answers[known]).float().mean()):.3f}"]
         self.model.eval()
         for name, order in orders.items():
@@ -356,33 +355,12 @@ class Task:
         return rivals
 
 
-class Standard(torch.nn.Module):
-    """Features to zero mean and unit variance, as the training videos have them."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.width = width
-        for name in ("mean", "scale"):
-            self.register_buffer(name, torch.zeros(2, width))
-
-    def fit(self, *features):
-        for n, x in enumerate(features):
-            sample = x[:512].float().flatten(0, -2)
-            self.mean[n], self.scale[n] = sample.mean(0), 1 / (sample.std(0) + 0.01 * sample.std().clamp(min=1e-6))
-
-    def forward(self, *features):
-        return [(x.float() - mean) * scale for x, mean, scale in zip(features, self.mean, self.scale, strict=True)]
-
-
 def build(cfg, vocabulary, answers, width):
     """The network a configuration describes."""
     if cfg.streams == "none":
-        model = QuestionOnly(vocabulary, answers, cfg.width, cfg.word_width, cfg.dropout)
-    else:
-        model = DualVGR(vocabulary, answers, width, cfg.width, cfg.word_width, cfg.heads, cfg.cycles, cfg.punish == "learnt",
-                        cfg.views, cfg.streams, cfg.share_common, cfg.graph, cfg.mfb, cfg.dropout)
-    model.question.embed.weight.data.mul_(cfg.word_scale)
-    return model
+        return QuestionOnly(vocabulary, answers, cfg.width, cfg.word_width, cfg.dropout)
+    return DualVGR(vocabulary, answers, width, cfg.width, cfg.word_width, cfg.heads, cfg.cycles, cfg.punish == "learnt",
+                   cfg.views, cfg.streams, cfg.share_common, cfg.graph, cfg.mfb, cfg.dropout)
 
 
 def rate(step, steps, schedule):
