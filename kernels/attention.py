@@ -35,6 +35,7 @@ def cross_attention_reference(q, k, v, lengths=None, scale=None, mask=None):
     if keep is not None:
         blind = ~keep.any(-1)                                     # (B, 1 or Q): let it see all, then erase it
         keep = (keep | blind[..., None])[:, None]                         # (B, 1, 1 or Q, K), never expanded
+        blind = None if blind.is_cpu and not blind.any() else blind       # looking would stop a GPU
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=keep, scale=scale)
     out = out.transpose(1, 2)
     return out if blind is None else out.masked_fill(blind[..., None, None], 0)
@@ -64,10 +65,10 @@ def paste(x, cells, board):
 
 def attention_map_reference(q, k, lengths=None, mask=None, scale=None):
     """Softmax head by head: (B, H, Q, K) is never stored."""
-    keep, total = _visible(k, lengths, mask), 0
+    keep, total = _visible(k, lengths, mask), _float(q).new_zeros(len(q), q.shape[1], k.shape[1])
     for h in range(q.shape[2]):
-        s = _float(q[:, :, h]) @ _float(k[:, :, h]).mT * _scale(q, scale)            # (B, Q, K)
-        total = total + (s.softmax(-1) if keep is None else s.masked_fill(~keep, -1e38).softmax(-1) * keep)
+        s = _float(q[:, :, h]) @ (_float(k[:, :, h]) * _scale(q, scale)).mT              # (B, Q, K)
+        total += s.softmax(-1) if keep is None else s.masked_fill_(~keep, -1e38).softmax(-1) * keep
     return total / q.shape[2]
 
 
@@ -151,57 +152,41 @@ def _attend(q, k, v, seen, SCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST:
 
 
 @jit
-def _forward_kernel(q, k, v, lengths, mask, out, lse, Q, K, H, qb, qt, qh, kb, kt, kh,
+def _forward_kernel(q, q_story, k, v, ks, vs, lengths, mask, gate, out, lse,
+                    n, K, K2, H, frames, cell_w, board_w, cols, qb, qt, qh, kb, kf, kt, kh, sb, st, sh,
                     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-                    BLOCK_Q: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    b, h = tl.program_id(0) // H, tl.program_id(0) % H           # neighbours share the cache lines of a token
-    token, valid = _place(tl.program_id(1), 0, Q, 1, 1, 1, BLOCK_Q, False)
-    key = tl.arange(0, BLOCK_K)
-    seen = _seen(key, K, lengths, mask, b)
+                    BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr, UNIT: tl.constexpr, BOARD: tl.constexpr,
+                    PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    # neighbouring programs are heads: they share the cache lines of a token
+    h, f, b = tl.program_id(0) % H, tl.program_id(0) // H % frames, tl.program_id(0) // H // frames
+    token, valid = _place(tl.program_id(1), f, n, cell_w, board_w, cols, BLOCK_Q, BOARD)
     query = _rows(_start(q, b, qb, 0, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
-    keys = _rows(_start(k, b, kb, 0, 0, h, kh, UNIT), key, seen, kt, UNIT, D, BLOCK_D)
-    values = _rows(_start(v, b, kb, 0, 0, h, kh, UNIT), key, seen, kt, UNIT, D, BLOCK_D)
+    key = tl.arange(0, BLOCK_K)                                      # all keys; on a board, those of this cell's frame
+    seen = _seen(key, K, lengths, mask, b * frames + f)
+    keys = _rows(_start(k, b, kb, f, kf, h, kh, UNIT), key, seen, kt, UNIT, D, BLOCK_D)
+    values = _rows(_start(v, b, kb, f, kf, h, kh, UNIT), key, seen, kt, UNIT, D, BLOCK_D)
     o, top, total = _attend(query, keys, values, seen, SCALE, PRECISION, UPCAST)
-    d, at = tl.arange(0, BLOCK_D), token * H + h                     # out (B, Q, H, D), contiguous
-    out += b.to(tl.int64) * (Q * H * D)
+    if ks is not None:                                               # the whole story, a softmax of its own
+        if q_story is not None:
+            query = _rows(_start(q_story, b, qb, 0, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
+        key = tl.arange(0, BLOCK_S)
+        keys = _rows(_start(ks, b, sb, 0, 0, h, sh, UNIT), key, key < K2, st, UNIT, D, BLOCK_D)
+        values = _rows(_start(vs, b, sb, 0, 0, h, sh, UNIT), key, key < K2, st, UNIT, D, BLOCK_D)
+        story, _, _ = _attend(query, keys, values, key < K2, SCALE, PRECISION, UPCAST)
+        o += tl.load(gate) * story
+    d, at = tl.arange(0, BLOCK_D), token * H + h                     # out (B, frames n, H, D), contiguous
+    out += b.to(tl.int64) * (n * frames * H * D)
     inside = valid[:, None] & (d < D)[None, :]
     tl.store(out + at[:, None] * D + d[None, :], o.to(out.dtype.element_ty), mask=inside)
     if lse is not None:
-        lse += b.to(tl.int64) * (Q * H)
+        lse += b.to(tl.int64) * (n * frames * H)
         natural = (top + tl.log2(tl.where(total > 0, total, 1.0))) * 0.6931471805599453
         tl.store(lse + at, tl.where(total > 0, natural, float("-inf")), mask=valid)
 
 
 @jit
-def _frame_story_kernel(q, q_story, kf, vf, ks, vs, lengths, gate, out,
-                        n, K, K2, H, frames, cell_w, board_w, cols, qb, qt, qh, fb, ff, ft, fh, sb, st, sh,
-                        SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-                        BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr, UNIT: tl.constexpr,
-                        PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    h, f, b = tl.program_id(0) % H, tl.program_id(0) // H % frames, tl.program_id(0) // H // frames
-    token, valid = _place(tl.program_id(1), f, n, cell_w, board_w, cols, BLOCK_Q, True)
-    query = _rows(_start(q, b, qb, 0, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
-    key = tl.arange(0, BLOCK_K)                                      # the words of this cell's own frame
-    seen = _seen(key, K, lengths, None, b * frames + f)
-    keys = _rows(_start(kf, b, fb, f, ff, h, fh, UNIT), key, seen, ft, UNIT, D, BLOCK_D)
-    values = _rows(_start(vf, b, fb, f, ff, h, fh, UNIT), key, seen, ft, UNIT, D, BLOCK_D)
-    frame, _, _ = _attend(query, keys, values, seen, SCALE, PRECISION, UPCAST)
-    key = tl.arange(0, BLOCK_S)                                      # the whole story
-    if q_story is not None:
-        query = _rows(_start(q_story, b, qb, 0, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
-    keys = _rows(_start(ks, b, sb, 0, 0, h, sh, UNIT), key, key < K2, st, UNIT, D, BLOCK_D)
-    values = _rows(_start(vs, b, sb, 0, 0, h, sh, UNIT), key, key < K2, st, UNIT, D, BLOCK_D)
-    story, _, _ = _attend(query, keys, values, key < K2, SCALE, PRECISION, UPCAST)
-    o = frame + tl.load(gate) * story
-    d, at = tl.arange(0, BLOCK_D), token * H + h
-    out += b.to(tl.int64) * (n * frames * H * D)
-    inside = valid[:, None] & (d < D)[None, :]
-    tl.store(out + at[:, None] * D + d[None, :], o.to(out.dtype.element_ty), mask=inside)
-
-
-@jit
 def _backward_kernel(q, k, v, lengths, mask, gate, dout, dq, dk, dv, dgate,
-                     n, K, H, frames, cell_w, board_w, cols, span, qb, qt, qh, kb, kf, kt, kh,
+                     n, K, H, frames, cell_w, board_w, cols, qb, qt, qh, kb, kf, kt, kh, SPAN: tl.constexpr,
                      SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
                      BLOCK_Q: tl.constexpr, UNIT: tl.constexpr, BOARD: tl.constexpr, ADD: tl.constexpr,
                      PRECISION: tl.constexpr, UPCAST: tl.constexpr):
@@ -218,8 +203,8 @@ def _backward_kernel(q, k, v, lengths, mask, gate, dout, dq, dk, dv, dgate,
     factor = 1.0
     if gate is not None:
         factor = tl.load(gate)
-    for i in range(span):                                          # this program's tiles of queries, in order
-        token, valid = _place(tl.program_id(1) * span + i, f, n, cell_w, board_w, cols, BLOCK_Q, BOARD)
+    for i in range(SPAN):                                          # this program's tiles of queries, in order
+        token, valid = _place(tl.program_id(1) * SPAN + i, f, n, cell_w, board_w, cols, BLOCK_Q, BOARD)
         query = _rows(_start(q, b, qb, 0, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
         at, inside = (token * H + h)[:, None] * D + d[None, :], valid[:, None] & (d < D)[None, :]
         grad = tl.load(dout + at, mask=inside, other=0.0)        # 0 beyond the last query: adds nothing below
@@ -252,11 +237,13 @@ def _map_kernel(q, k, lengths, mask, out, Q, K, H, qb, qt, qh, kb, kt, kh,
     key = tl.arange(0, BLOCK_K)
     seen = _seen(key, K, lengths, mask, b)
     mean = tl.zeros((BLOCK_Q, BLOCK_K), dtype=out.dtype.element_ty)
-    for h in range(H):                                            # one program holds all heads of its queries
+    h = 0
+    while h < H:                                                  # one program holds all heads of its queries
         query = _rows(_start(q, b, qb, 0, 0, h, qh, UNIT), token, valid, qt, UNIT, D, BLOCK_D)
         keys = _rows(_start(k, b, kb, 0, 0, h, kh, UNIT), key, seen, kt, UNIT, D, BLOCK_D)
         p, _, total = _softmax(query, keys, seen, SCALE, PRECISION, UPCAST)
         mean += p / tl.where(total > 0, total, 1.0)[:, None]
+        h += 1
     at = b.to(tl.int64) * (Q * K) + token[:, None] * K + key[None, :]
     tl.store(out + at, mean / H, mask=valid[:, None] & (key < K)[None, :])
 
@@ -265,35 +252,29 @@ def _map_kernel(q, k, lengths, mask, out, Q, K, H, qb, qt, qh, kb, kt, kh,
 
 # Queries per program / warps for padded head width 32, 64, 128, 256: on chips 8.x, 12.x; then 9.x, 10.x.
 # "-": no tile without spills, the reference runs.  "*": needs more than 99 KiB of shared memory, so 8.0 only.
-# "half": float16, bfloat16.   "float": float32 by three TF32 products, as exact as float32.   "tf32": by one.
+# "half": float16, bfloat16.   "float": float32 by three TF32 products, as exact as float32 (by one, where
+# torch.backends.cuda.matmul.allow_tf32 is set).   "story": forward with the story branch.
 # Read off kernels.check, for any flags and for smaller blocks of keys too; the fastest is *not yet measured*.
 TILES = {
     ("forward", "half", 128): ("64/4 64/4 64/8 32/8", "64/4 64/4 64/8 64/8"),
-    ("forward", "half", 256): ("32/8 32/8 32/8 -", "32/8 64/8 64/8 -"),
-    ("forward", "float", 128): ("16/4 16/8 16/8 -", "16/4 32/8 16/8 -"),
-    ("forward", "tf32", 128): ("32/8 32/8 32/8 -", "32/8 64/8 32/8 -"),
+    ("forward", "half", 256): ("16/8 32/8 32/8 -", "16/8 64/8 64/8 -"),
+    ("forward", "float", 128): ("16/4 16/8 16/8 -", "16/4 16/8 - -"),
     ("story", "half", 128): ("64/4 32/4 32/8 16/8", "64/4 64/4 32/8 16/8"),
-    ("story", "half", 256): ("16/8 16/8 - -", "16/8 32/8 - -"),
     ("story", "float", 128): ("16/8 16/8 - -", "16/8 16/8 - -"),
-    ("story", "tf32", 128): ("16/8 16/8 16/8 -", "16/8 32/8 16/8 -"),
     ("backward", "half", 128): ("16/4 16/8 16/8* -", "16/4 32/8 16/8 -"),
     ("backward", "half", 256): ("16/8 16/8* - -", "16/8 16/8 - -"),
-    ("backward", "float", 128): ("- - - -", "16/8 - - -"),
-    ("backward", "tf32", 128): ("16/8 16/8* - -", "16/8 16/8 - -"),
+    ("backward", "float", 128): ("16/8* - - -", "16/8 16/8 - -"),
     ("map", "half", 128): ("64/8 64/8 64/8 32/8", "64/8 64/8 64/8 32/8"),
-    ("map", "half", 256): ("32/8 32/8 16/8 -", "32/8 32/8 16/8 -"),
     ("map", "float", 128): ("16/8 16/8 - -", "16/8 16/8 - -"),
-    ("map", "tf32", 128): ("32/8 32/8 32/8 -", "32/8 32/8 32/8 -"),
 }
+PROGRAMS = 320          # of backward: enough to fill any chip twice or so; more queries make longer spans
 
 
 def _tile(kind, x, keys):
     """(queries, warps) of kernel `kind` for queries x (..., D) and so many keys, or None."""
     if not x.is_cuda:
         return 64, 4                                                  # the interpreter knows no registers
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    numbers = "half" if x.element_size() == 2 else "tf32" if tf32 else "float"
-    width, block = _blocks(x.shape[-1], keys)
+    (width, block), numbers = _blocks(x.shape[-1], keys), "half" if x.element_size() == 2 else "float"
     return _table(kind, numbers, max(block, 128), width, torch.cuda.get_device_capability(x.device))
 
 
@@ -316,8 +297,8 @@ def _settings(kind, q, keys, scale, *tensors):
     queries, warps = _tile(kind, q, keys)
     width, block = _blocks(q.shape[-1], keys)
     unit = 8 if all(stride % 8 == 0 for x in (q, *tensors) for stride in x.stride()[:-1]) else 1
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    precision = ("tf32" if tf32 else "tf32x3") if q.dtype == torch.float32 else "ieee"
+    single = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    precision = single if q.dtype == torch.float32 else "ieee"
     return unit, {"SCALE": scale, "D": q.shape[-1], "BLOCK_D": width, "BLOCK_K": block, "BLOCK_Q": queries,
                   "UNIT": unit, "PRECISION": precision, "UPCAST": interpreting(), "num_warps": warps,
                   "num_stages": 1, "enable_fp_fusion": True}
@@ -331,40 +312,50 @@ def _sums(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _forward(kind, q, k, v, lengths, mask, scale, want_lse=False):
-    """Launch the cross-attention kernel, or (kind "map") the map kernel. q (B, Q, H, D), k, v (B, K, H, D)"""
-    (B, Q, H, _), K = q.shape, k.shape[1]
-    unit, settings = _settings(kind, q, K, scale, k)
-    sizes = (Q, K, H, *_strides(q, unit), *_strides(k, unit))
-    tiles, lse = -(-Q // settings["BLOCK_Q"]), None
-    with on(q):
-        if kind == "map":
-            out = torch.empty((B, Q, K), dtype=_sums(q), device=q.device)
-            _map_kernel[(B, tiles)](q, k, lengths, mask, out, *sizes, **settings)
-        else:
-            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            lse = torch.empty((B, Q, H), dtype=_sums(q), device=q.device) if want_lse else None
-            _forward_kernel[(B * H, tiles)](q, k, v, lengths, mask, out, lse, *sizes, **settings)
-    return out, lse
-
-
-def _backward(q, k, v, lengths, mask, gate, dout, dq, scale, board, add):
-    """One branch: writes dq, or adds to it; returns dk, dv, d gate.   k, v (B, F, K, H, D)
+def _forward(q, k, v, q_story, ks, vs, gate, lengths, mask, scale, board, want_lse):
+    """Launch the forward kernel: out like q, and log-sum-exp (B, Q, H) or None.   k, v (B, F, K, H, D)
 
     board   (queries per cell, width of a cell, width of the board, columns of cells); None: q is no board
     """
+    B, frames, K, H, _ = k.shape
+    K2 = 0 if ks is None else ks.shape[1]
+    n, *layout = board or (q.shape[1], 1, 1, 1)
+    unit, settings = _settings("story" if K2 else "forward", q, max(K, K2), scale, k, *([ks] if K2 else []))
+    settings |= {"BLOCK_K": _blocks(1, K)[1], "BLOCK_S": _blocks(1, K2)[1], "BOARD": board is not None}
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=_sums(q), device=q.device) if want_lse else None
+    with on(q):
+        _forward_kernel[(B * frames * H, -(-n // settings["BLOCK_Q"]))](
+            q, q_story, k, v, ks, vs, lengths, mask, gate, out, lse, n, K, K2, H, frames, *layout,
+            *_strides(q, unit), *_strides(k, unit), *(_strides(ks, unit) if K2 else (0, 0, 0)), **settings)
+    return out, lse
+
+
+def _map(q, k, lengths, mask, scale):
+    (B, Q, H, _), K = q.shape, k.shape[1]
+    unit, settings = _settings("map", q, K, scale, k)
+    out = torch.empty((B, Q, K), dtype=_sums(q), device=q.device)
+    with on(q):
+        _map_kernel[(B, -(-Q // settings["BLOCK_Q"]))](
+            q, k, lengths, mask, out, Q, K, H, *_strides(q, unit), *_strides(k, unit), **settings)
+    return out
+
+
+def _backward(q, k, v, lengths, mask, gate, dout, dq, scale, board, add):
+    """One branch: writes dq, or adds to it; returns dk, dv, d gate.   k, v (B, F, K, H, D), board as in `_forward`"""
     B, frames, K, H, D = k.shape
     n, *layout = board or (q.shape[1], 1, 1, 1)
     unit, settings = _settings("backward", q, K, scale, k)
     tiles, programs = -(-n // settings["BLOCK_Q"]), B * frames * H
-    span = -(-tiles // max(1, 320 // programs))                 # fill the chip twice or so, then longer spans
+    span = -(-tiles // max(1, PROGRAMS // programs))
+    span = 1 << (span - 1).bit_length()                           # a power of two: few variants to compile
     spans = -(-tiles // span)
     parts = torch.empty((2, spans, B, frames, H, K, D), dtype=_sums(q), device=q.device)
     dgate = None if gate is None else torch.empty((spans, programs), dtype=_sums(q), device=q.device)
     with on(q):
         _backward_kernel[(programs, spans)](
-            q, k, v, lengths, mask, gate, dout, dq, *parts, dgate, n, K, H, frames, *layout, span,
-            *_strides(q, unit), *_strides(k, unit), BOARD=board is not None, ADD=add, **settings)
+            q, k, v, lengths, mask, gate, dout, dq, *parts, dgate, n, K, H, frames, *layout,
+            *_strides(q, unit), *_strides(k, unit), SPAN=span, BOARD=board is not None, ADD=add, **settings)
     dk, dv = parts.sum(1).transpose(3, 4).to(q.dtype)                  # (B, F, K, H, D)
     return dk, dv, None if gate is None else dgate.sum()
 
@@ -372,12 +363,14 @@ def _backward(q, k, v, lengths, mask, gate, dout, dq, scale, board, add):
 # -- the autograd functions ----------------------------------------------------------------------------------
 
 
-class _CrossAttention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
+    """Inputs are all that is saved. Without a story, q_story, ks, vs and gate are None."""
+
     @staticmethod
-    def forward(ctx, q, k, v, lengths, mask, scale, want_lse):
-        ctx.save_for_backward(q, k, v, lengths, mask)
-        ctx.scale = scale
-        out, lse = _forward("forward", q, k, v, lengths, mask, scale, want_lse)
+    def forward(ctx, q, k, v, q_story, ks, vs, gate, lengths, mask, scale, board, want_lse):
+        ctx.save_for_backward(q, k, v, q_story, ks, vs, gate, lengths, mask)
+        ctx.scale, ctx.board = scale, board
+        out, lse = _forward(q, k, v, q_story, ks, vs, gate, lengths, mask, scale, board, want_lse)
         if want_lse:
             ctx.mark_non_differentiable(lse)
         return out, lse
@@ -385,40 +378,16 @@ class _CrossAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, _):
-        q, k, v, lengths, mask = ctx.saved_tensors
+        q, k, v, q_story, ks, vs, gate, lengths, mask = ctx.saved_tensors
         dout, dq = dout.contiguous(), torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        dk, dv, _ = _backward(q, k[:, None], v[:, None], lengths, mask, None, dout, dq, ctx.scale,
-                              board=None, add=False)
-        return dq, dk[:, 0], dv[:, 0], None, None, None, None
-
-
-class _FrameStory(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, q_story, kf, vf, ks, vs, gate, lengths, scale, board):
-        ctx.save_for_backward(q, q_story, kf, vf, ks, vs, gate, lengths)
-        ctx.scale, ctx.board = scale, board
-        (B, frames, K, H, _), K2 = kf.shape, ks.shape[1]
-        unit, settings = _settings("story", q, max(K, K2), scale, kf, ks)
-        settings |= {"BLOCK_K": _blocks(1, K)[1], "BLOCK_S": _blocks(1, K2)[1]}
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        n, *layout = board
-        with on(q):
-            _frame_story_kernel[(B * frames * H, -(-n // settings["BLOCK_Q"]))](
-                q, q_story, kf, vf, ks, vs, lengths, gate.to(_sums(q)), out, n, K, K2, H, frames, *layout,
-                *_strides(q, unit), *_strides(kf, unit), *_strides(ks, unit), **settings)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        q, q_story, kf, vf, ks, vs, gate, lengths = ctx.saved_tensors
-        dout, dq = dout.contiguous(), torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        dq_story = dq if q_story is None else torch.empty_like(dq)
-        dkf, dvf, _ = _backward(q, kf, vf, lengths, None, None, dout, dq, ctx.scale, ctx.board, False)
-        dks, dvs, dgate = _backward(q if q_story is None else q_story, ks[:, None], vs[:, None], None, None,
-                                    gate.to(_sums(q)), dout, dq_story, ctx.scale, None, q_story is None)
-        dq_story = None if q_story is None else dq_story
-        return dq, dq_story, dkf, dvf, dks[:, 0], dvs[:, 0], dgate.to(gate.dtype), None, None, None
+        dk, dv, _ = _backward(q, k, v, lengths, mask, None, dout, dq, ctx.scale, ctx.board, add=False)
+        dq_story = dks = dvs = dgate = None
+        if ks is not None:                                # the story branch adds to dq, or has a dq of its own
+            dq_story = None if q_story is None else torch.empty_like(dq)
+            dks, dvs, dgate = _backward(q if q_story is None else q_story, ks[:, None], vs[:, None], None, None, gate, dout,
+                                        dq if q_story is None else dq_story, ctx.scale, None, add=q_story is None)
+            dks, dvs = dks[:, 0], dvs[:, 0]
+        return dq, dk, dv, dq_story, dks, dvs, dgate, *[None] * 5
 
 
 # -- the public functions ------------------------------------------------------------------------------------
@@ -445,8 +414,9 @@ def cross_attention(q, k, v, lengths=None, scale=None, mask=None, return_lse=Fal
             return out
         with torch.no_grad():
             return out, _log_sum_exp(q, k, lengths, mask, scale)
-    (q, k, v), lengths, mask = _ready((q,), (k, v)), _int32(lengths), _bytes(mask)
-    out, lse = _CrossAttention.apply(q, k, v, lengths, mask, _scale(q, scale), return_lse)
+    q, k, v = _ready((q,), (k[:, None], v[:, None]))
+    out, lse = _Attention.apply(q, k, v, None, None, None, None, _int32(lengths), _bytes(mask), _scale(q, scale), None,
+                                return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -474,11 +444,9 @@ def frame_story_attention(q, kf, vf, ks, vs, gate, cells, board, q_story=None, l
         return frame_story_reference(q, kf, vf, ks, vs, gate, cells, board, q_story, lengths, scale)
     (r, c), (h, w) = cells, board
     layout = (h // r * (w // c), w // c, w, c)
-    if q_story is None:
-        q, kf, vf, ks, vs = _ready((q,), (kf, vf), (ks, vs))
-    else:
-        q, q_story, kf, vf, ks, vs = _ready((q, q_story), (kf, vf), (ks, vs))
-    return _FrameStory.apply(q, q_story, kf, vf, ks, vs, gate, _int32(lengths), _scale(q, scale), layout)
+    kf, vf, ks, vs, q, *own = _ready((kf, vf), (ks, vs), (q,) if q_story is None else (q, q_story))
+    return _Attention.apply(q, kf, vf, *(own or [None]), ks, vs, gate.to(_sums(q)), _int32(lengths), None, _scale(q, scale),
+                            layout, False)[0]
 
 
 @torch.no_grad()
@@ -493,7 +461,7 @@ def attention_map(q, k, lengths=None, mask=None, scale=None):
     if 0 in (q.numel(), k.numel()) or backend(q, _why_not("map", q, k.shape[1], k, mask=mask)) == "reference":
         return attention_map_reference(q, k, lengths, mask, scale)
     q, k = _ready((q,), (k,))
-    return _forward("map", q, k, None, _int32(lengths), _bytes(mask), _scale(q, scale))[0]
+    return _map(q, k, _int32(lengths), _bytes(mask), _scale(q, scale))
 
 
 # -- what the public functions check and prepare -------------------------------------------------------------
@@ -597,34 +565,42 @@ def _bytes(mask):
 
 
 def compile_cases():
-    """Every entry of TILES with all options present, the worst case; the usual ones also without any."""
-    for kind, numbers, keys in TILES:
-        common = ("sm_80", "sm_90"), (numbers, keys) == ("half", 128) and kind != "map"
-        for width, head in (32, 32), (64, 40), (128, 80), (256, 160):
-            for target in common[0] if numbers != "half" else ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120"):
-                tile = _table(kind, numbers, keys, width, divmod(int(target[3:]), 10))
-                if tile:
-                    yield _case(kind, numbers, keys, width, head, tile, target, plain=False)
-                if tile and target in common[0] and common[1]:
-                    yield _case(kind, numbers, keys, width, head, tile, target, plain=True)
+    """Every entry of TILES with all options present, the worst case, on the oldest chip of its column.
+
+    StoryImager's (16 bit, 128 keys, width 64) also without options, on every other chip, and by one TF32 product.
+    """
+    for (kind, numbers, keys), columns in TILES.items():
+        for column, chips in zip(columns, (("sm_80", "sm_86", "sm_120"), ("sm_90", "sm_100")), strict=True):
+            for width, head, entry in zip((32, 64, 128, 256), (32, 40, 80, 160), column.split(), strict=True):
+                if entry == "-":
+                    continue
+                chip, *others = chips[:1] if entry[-1] == "*" else chips
+                tile = _table(kind, numbers, keys, width, (8, 0) if chip == "sm_80" else (9, 0))
+                yield _case(kind, numbers, keys, width, head, tile, chip, others)
+                if width == 64 and keys == 128 and kind != "map":
+                    yield _case(kind, numbers, keys, width, head, tile, chip, others, plain=True)
+                    for other in others if numbers == "half" else ():
+                        yield _case(kind, numbers, keys, width, head, tile, other, ())
 
 
-def _case(kind, numbers, keys, width, head, tile, target, plain):
-    kernel = {"forward": _forward_kernel, "story": _frame_story_kernel, "backward": _backward_kernel,
-              "map": _map_kernel}[kind]
-    number = "*bf16:16" if numbers == "half" else "*fp32:16"
-    types = dict.fromkeys("q k v ks vs q_story dout dq out".split(), number)
-    types |= dict.fromkeys("lse gate dk dv dgate".split(), "*fp32:16")
-    types |= {"lengths": "*i32:16", "mask": "*u8:16"}
-    types |= {"out": "*fp32:16"} if kind == "map" else {"kf": number, "vf": number} if kind == "story" else {}
-    constants = {"SCALE": head ** -0.5, "D": head, "BLOCK_D": width, "BLOCK_K": keys, "BLOCK_Q": tile[0],
-                 "UNIT": 8, "BLOCK_S": 16 if plain else keys, "BOARD": not plain, "ADD": not plain,
-                 "UPCAST": False, "PRECISION": {"half": "ieee", "float": "tf32x3", "tf32": "tf32"}[numbers]}
-    if plain:
-        constants |= dict.fromkeys("lengths mask lse q_story dgate".split())
-        constants |= {"gate": None} if kind == "backward" else {}
-    names, name = kernel.real().arg_names, f"attention {kind} {numbers} {keys}x{width}{' plain' if plain else ''}"
-    return {"name": name, "kernel": kernel, "kind": "product",
+def _case(kind, numbers, keys, width, head, tile, target, also, plain=False):
+    """One row. `also`: chips of the same column, whose smaller shared memory must do."""
+    kernel = {"backward": _backward_kernel, "map": _map_kernel}.get(kind, _forward_kernel)
+    number, size = ("*bf16:16", 2) if numbers == "half" else ("*fp32:16", 4)
+    story, backward = kind == "story", kind == "backward"
+    types = dict.fromkeys("q q_story k v ks vs dout dq out".split(), number)
+    types |= dict.fromkeys("lse gate dk dv dgate".split(), "*fp32:16") | {"lengths": "*i32:16", "mask": "*u8:16"}
+    types |= {"out": "*fp32:16"} if kind == "map" else {}
+    constants = {"SCALE": head ** -0.5, "D": head, "BLOCK_D": width, "BLOCK_K": keys, "BLOCK_Q": tile[0], "UNIT": 8,
+                 "BLOCK_S": 16 if plain else keys, "SPAN": 1 if plain else 4, "BOARD": kind != "forward" and not plain,
+                 "ADD": not plain, "PRECISION": "ieee" if size == 2 else "tf32" if plain else "tf32x3", "UPCAST": False}
+    absent = ("" if story else "q_story ks vs ") + ("" if story or backward and not plain else "gate ")
+    absent += "lengths mask lse q_story dgate" if plain else "mask lse" if story else ""
+    constants |= dict.fromkeys(absent.split())
+    names, tables = kernel.real().arg_names, 1 if kind == "map" else 2
+    blocks = tables * (keys + (constants["BLOCK_S"] if story else 0))             # rows of k and v that are loaded
+    return {"name": f"attention {kind} {numbers} {keys}x{width}{' plain' if plain else ''}", "kernel": kernel,
+            "kind": "product", "wide": blocks * width * size // (512 * tile[1]),
             "signature": {name: types.get(name, "i32") for name in names if name not in constants},
             "constants": {name: value for name, value in constants.items() if name in names},
-            "targets": (target,), "num_warps": tile[1], "num_stages": 1, "tf32": numbers != "half"}
+            "targets": (target,), "also": also, "num_warps": tile[1], "num_stages": 1, "tf32": size == 4}

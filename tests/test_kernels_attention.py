@@ -149,8 +149,10 @@ def test_the_tile_changes_rounding_only(device, monkeypatch):
     inputs = qkv(1, 40, 20, 1, 24, device)
     plain = run("triton", torch.float32, cross_attention, inputs)
     monkeypatch.setattr(attention, "_tile", lambda *_: (16, 4))
-    for a, b in zip(run("triton", torch.float32, cross_attention, inputs), plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-6 if device.type == "cpu" else 2e-3)
+    for programs in 320, 2, 1:                                    # 3 tiles: one each; spans of 2 and of 4, beyond the end
+        monkeypatch.setattr(attention, "PROGRAMS", programs)
+        for a, b in zip(run("triton", torch.float32, cross_attention, inputs), plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-6 if device.type == "cpu" else 2e-3)
 
 
 def test_keys_that_nobody_may_see_change_no_bit(device):
@@ -285,7 +287,7 @@ def test_a_big_board_with_queries_of_its_own_story_takes_the_kernel(device):
     q, kf, ks = (torch.zeros(s, device=device) for s in ((1, 1024, 8, 40), (1, 4, 77, 8, 40), (1, 8, 8, 40)))
     seen = []
     with kernels.use("triton"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention._FrameStory, "apply", lambda *x: seen.append(x) or x[0])
+        patch.setattr(attention._Attention, "apply", lambda *x: seen.append(x) or x)
         frame_story_attention(q, kf, kf, ks, ks, 1.0, (2, 2), (32, 32), q_story=q)
     assert len(seen) == 1
 
@@ -306,6 +308,22 @@ def test_offsets_beyond_two_to_the_31_do_not_wrap(device):
     x, out = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     _probe[(1,)](x, out, 70_000, 40_000)                                      # 70,000 samples of 320,000 elements each
     assert out.item() == 70_000 * 40_000 * 8 * 4                              # bytes; nothing of that size is touched
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_batch_beyond_two_to_the_31_numbers():
+    B, Q = 1100, 4096                                                         # 2.3e9 numbers, 4.6 GB; its gradient as much
+    if torch.cuda.mem_get_info()[0] < 24e9:
+        pytest.skip("needs 24 GB of free GPU memory")
+    q = torch.randn(B, Q, 8, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    k, v = (torch.randn(B, 20, 8, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    with kernels.use("triton"):
+        out = cross_attention(q, k, v)
+        grad, = torch.autograd.grad(out, q, q.detach())
+        last = q[-1:].detach().clone().requires_grad_()
+        alone = cross_attention(last, k[-1:], v[-1:])
+        assert torch.equal(out[-1:], alone) and torch.equal(grad[-1:], torch.autograd.grad(alone, last, last.detach())[0])
 
 
 # -- what must not happen ----------------------------------------------------------------------------------------

@@ -188,5 +188,7 @@ def test_what_the_kernel_cannot_take_is_refused_in_words(device):
     with kernels.use("triton"):
         with pytest.raises(ValueError, match="more than 64 x 64"):
             show(torch.zeros(1, 65, 4, device=device), torch.zeros(1, 3, 8, 8, device=device))
+        with pytest.raises(ValueError, match="2\\*\\*31 elements"):                  # a view: no memory behind it
+            cosine_map(torch.zeros(1, 1, 1, device=device).expand(1, 2 ** 16, 2 ** 15), torch.zeros(1, 1, device=device).expand(1, 2 ** 15))
         with pytest.raises(ValueError, match="more than 1,024 places"):
             grad_cam(torch.zeros(1, 1, 40, 40, device=device), torch.zeros(1, 1, 40, 40, device=device))

@@ -147,6 +147,22 @@ def test_maps_need_one_channel(device):
         de_combine(x, x, v, v, v, x, x)
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_batch_beyond_two_to_the_31_numbers(name):
+    B, C, side = 33, 1024, 256                                                # 2.2e9 numbers, 4.4 GB in bf16
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB of free GPU memory")
+    x = torch.randn(B, C, side, side, device="cuda", dtype=torch.bfloat16)
+    small = [t.to("cuda", torch.bfloat16) for t in block_inputs(name, (B, C, 1, 1), "cpu") if t.ndim == 2]
+    maps = [x[:, :1].clone(), x[:, 1:2].clone()] if name == "de_combine" else []
+    whole = [x, x, *small, *maps] if maps else [x, *small]
+    with kernels.use("triton"):
+        out, alone = BLOCKS[name](*whole), BLOCKS[name](*(t[-1:] for t in whole))
+    assert torch.equal(out[-1:], alone)
+
+
 def test_a_picture_beyond_the_grid_is_refused_in_words(device):
     x, v = torch.zeros(1, 1, 1, 1, device=device).expand(-1, -1, 2 ** 12, 2 ** 12), torch.zeros(1, 1, device=device)
     with kernels.use("triton"), pytest.raises(ValueError, match="more than 2\\*\\*23 pixels"):
