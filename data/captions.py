@@ -109,8 +109,9 @@ def listed(name, root, part, size):
     keys = read_keys(root / part)
     files = find_pictures(root, LISTED[name], keys, part)
     texts = [read_captions(root, key) for key in keys]
-    boxes = read_boxes(root / "CUB_200_2011") if name == "birds" else {}
-    if lost := [key for key in keys if boxes and key not in boxes]:
+    birds = name == "birds"
+    boxes = read_boxes(root / "CUB_200_2011") if birds else {}
+    if lost := [key for key in keys if birds and key not in boxes]:
         raise ValueError(f"{root / 'CUB_200_2011'}: {lost[0]} has no line in images.txt and "
                          "bounding_boxes.txt")
 
@@ -118,7 +119,9 @@ def listed(name, root, part, size):
         image = safe.open_image(files[row])
         return shrink(cut_to_box(image, boxes[keys[row]], files[row]) if boxes else image, size)
 
-    extra = {"class_id": [int(key[:3]) for key in keys]} if name == "birds" else {}
+    if odd := [key for key in keys if birds and not key[:3].isdecimal()]:
+        raise ValueError(f"{root / part}: key {odd[0]!r:.60} does not start with the number of its class")
+    extra = {"class_id": [int(key[:3]) for key in keys]} if birds else {}
     return Captions(name, size, texts, keys, cropped(cached(decode), size, True), extra)
 
 
@@ -127,10 +130,7 @@ def find_pictures(root, patterns, keys, part):
     tables = [[root / pattern.format(key=key, set=(key.split("_") + [""])[1]) for key in keys]
               for pattern in patterns]
     files = next((table for table in tables if table[0].is_file()), tables[0])
-    for file in files:
-        if not file.is_file():
-            raise safe.missing(file, f"{root / part} lists it; take it out of the list, or copy it there")
-    return files
+    return [safe.there(file, f"{root / part} lists it; take it out of the list, or copy it there") for file in files]
 
 
 def read_keys(part):
@@ -235,7 +235,7 @@ def concepts(data):
     """What must not be split over train and valid: an emoji in all its tones and genders; else a picture."""
     labels = data.extra.get("base_label")
     people = r"\b(person|people|man|men|woman|women|boy|girl|mr|mrs|mx)\b\W*"
-    return [re.sub(people, "", label.lower()).strip() or label for label in labels] if labels else data.names
+    return [re.sub(people, "", str(label).lower()).strip() or label for label in labels] if labels else data.names
 
 
 def folder(root, size):

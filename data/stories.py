@@ -146,8 +146,7 @@ def clevr(name, root, part, size):
     for file in (file for story in files for file in story):
         if file.stem not in table or len(table[file.stem]) != 75:
             raise ValueError(f"{root / 'CLEVR_dict.npy'}: {file.stem} needs 75 numbers")
-        if not file.is_file():
-            raise safe.missing(file, "CLEVR_dict.npy lists it")
+        safe.there(file, "CLEVR_dict.npy lists it")
     attributes = [np.stack([table[file.stem] for file in story]) for story in files]
 
     def frames(row, seed):
@@ -221,8 +220,7 @@ def pororo_scenes(root, part):
     except (IndexError, TypeError) as error:
         raise ValueError(f"{root}: train_seen_unseen_ids.npy names a story that is not there ({error})") from error
     for scene in (scene for story in scenes for scene in story):
-        if not (root / scene).is_file():
-            raise safe.missing(root / scene, "img_cache4.npy and following_cache4.npy list it")
+        safe.there(root / scene, "img_cache4.npy and following_cache4.npy list it")
     return scenes
 
 
@@ -305,8 +303,7 @@ def flintstones(root, split, size):
     for shot, file in files.items():
         if not told.get(shot):
             raise ValueError(f"{root}: the annotations do not describe shot {shot}, which is part of a story")
-        if not file.is_file():
-            raise safe.missing(file, "uint8 (frames, 128, 128, 3)")
+        safe.there(file, "uint8 (frames, 128, 128, 3)")
     extra = {}
     if (root / "labels.pkl").is_file():
         extra["characters"] = flags_of(safe.load_pickle(root / "labels.pkl"), stories, root / "labels.pkl")

@@ -229,7 +229,8 @@ def video_clips(file):
         safe.check_row(clip, {"clip": str, "qa": list}, f"{file}, entry {n}")
         for row in clip["qa"]:
             safe.check_row(row, {"question": str, "answer": str, "type": str}, f"{file}, entry {n}, qa")
-            choices = tuple(row.get("choices", ()))
+            safe.check_row({"choices": [], **row}, {"choices": list}, f"{file}, entry {n}, qa")
+            choices = tuple(map(str, row.get("choices", ())))
             if choices and row["answer"] not in choices:
                 raise ValueError(f"{file}, entry {n}: answer {row['answer']!r} is not among its choices")
             correct = choices.index(row["answer"]) if choices else -1
