@@ -18,9 +18,8 @@ import torch
 from data import safe
 from data.batches import seed_from
 from data.options import from_plain, parse, show_help
-from data.parts import to_tensor
+from data.parts import squeeze, to_tensor
 from data.pictures import gif, panels, strip, to_pil
-from data.stories import square
 from data.weights import load_checkpoint
 from kernels.attribution import show, word_maps
 from story.storyimager import FrameStoryAttention
@@ -77,7 +76,7 @@ def known_frame(path, size):
     image = safe.open_image(Path(path))
     if image.size != (size, size):
         print(f"{path} is {image.width} x {image.height}: squeezed to the model's {size} x {size}")
-    return to_tensor([square(image, size)])[0]
+    return to_tensor([squeeze(image, size)])[0]
 
 
 def draw_story(task, told, given=(), seed=0, **settings):

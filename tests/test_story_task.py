@@ -11,11 +11,14 @@ import train
 from data import stories, views
 from data.options import plain
 from data.reader import reader
-from data.weights import save_checkpoint
+from data.text import MERGES
+from data.vae import VAE
+from data.weights import save_checkpoint, write_safetensors
 from story import sample
 from story.judge import chance, consistency, judge
 from story.storyimager import StoryImager, alpha_bars, past_only, sample_in_order, sampling_times
 from story.task import Config, Task, paper
+from story.unet import UNet
 from story.words import Encoder
 
 TINY = dict(batch=4, size=16, widths=(8, 16), heads=2, groups=4, width=16, text_heads=2, rank=2, alpha=2.0, judged=(4, 4), sampler=2,
@@ -351,3 +354,46 @@ def test_real_stories_train_and_are_judged(shared, name, folder, frames, cells, 
 def test_the_published_classes_are_what_the_task_builds():
     t = task()
     assert isinstance(t.net["story"], StoryImager) and isinstance(t.net["words"], Encoder) and plain(t.cfg)["batch"] == 4
+
+
+# -- Stable Diffusion's folder ----------------------------------------------------------------------------------------------------
+
+
+def stable_diffusion(folder, width=64):
+    """A folder in the diffusers layout with random weights: narrow, otherwise as published."""
+    g = torch.Generator().manual_seed(0)
+    unet, vae = UNet(4, (32, 64), (True, False), 1, 8, width, 32), VAE((32, 32, 32, 32), 4, 1, 32)
+    layer = {"layer_norm1": width, "layer_norm2": width, "self_attn.q_proj": (width, width), "self_attn.k_proj": (width, width),
+             "self_attn.v_proj": (width, width), "self_attn.out_proj": (width, width), "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+    text = {"embeddings.token_embedding.weight": (MERGES + 514, width), "embeddings.position_embedding.weight": (77, width)}
+    for name, shape in {f"encoder.layers.0.{k}": v for k, v in layer.items()}.items() | {("final_layer_norm", width)}:
+        text |= {f"{name}.weight": shape if isinstance(shape, tuple) else (shape,), f"{name}.bias": (shape[0] if isinstance(shape, tuple) else shape,)}
+    text = {f"text_model.{k}": torch.randn(shape, generator=g) * 0.1 for k, shape in text.items()}
+    for part, name, state in (("unet", "diffusion_pytorch_model", unet.state_dict()), ("vae", "diffusion_pytorch_model", vae.state_dict()),
+                              ("text_encoder", "model", text)):
+        (folder / part).mkdir(parents=True)
+        write_safetensors(folder / part / f"{name}.safetensors", state)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", "t h", "th e</w>", *(f"x{n} y{n}" for n in range(MERGES - 2))]))
+    return unet.state_dict()
+
+
+def test_stable_diffusion_in_its_layout_takes_the_place_of_stage_one(tmp_path):
+    weights = stable_diffusion(tmp_path)
+    t = task(**paper("sd") | dict(sd=str(tmp_path), size=32, widths=(32, 64), attention=(True, False), resnets=1, heads=8, groups=32, width=64,
+                                  batch=2, steps=2, depth=1))
+    assert torch.equal(t.net["story"].unet.state_dict()["conv_in.weight"], weights["conv_in.weight"])
+    words, keep = t.net["words"](["the star walks", ""])
+    assert words.shape == (2, 77, 64) and keep.sum(1).tolist()[1] == 2
+    ids = t.net["words"].tokeniser(["the"])
+    assert ids[0, 2:].unique().tolist() == [t.net["words"].tokeniser.end], "Stable Diffusion pads with end marks"
+    before = {name: p.clone() for name, p in t.net.named_parameters()}
+    assert all(torch.isfinite(x).all() for losses in steps(t, 0, 2) for x in losses.values())
+    moved = {name for name, p in t.net.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and not any(name.startswith("words.") or name.removeprefix("story.unet.") in weights for name in moved)
+    real = t.data["test"].frames([0])
+    drawn = t.draw(real, [t.data["test"].captions[0]], torch.tensor([[1.0, 0, 1, 1]]), steps=2, guidance=6.0)
+    assert torch.equal(drawn[:, 1], real[:, 1]) and drawn.isfinite().all()
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="wants a folder of Stable Diffusion 1.5"):
+        task(sd=str(tmp_path), base_steps=0)
