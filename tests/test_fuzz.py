@@ -4,8 +4,8 @@ A case is a small valid folder, one to three mutations drawn from (target, numbe
 with it. What may come out is success, or a ValueError or FileNotFoundError of one line that names a file. Meanwhile no
 file changes, nothing lands outside, no code inside a file runs, and time and memory stay small.
 
-    python -m pytest tests/test_fuzz.py             400 cases
-    python -m pytest tests/test_fuzz.py --slow      3,100 more
+    python -m pytest tests/test_fuzz.py             448 cases
+    python -m pytest tests/test_fuzz.py --slow      3,094 more
 """
 import gzip
 import hashlib
@@ -659,6 +659,19 @@ def cases(target, numbers, whole, tmp_path, monkeypatch):
 def test_the_unspoilt_folder_is_read(target, template, tmp_path):
     shutil.copytree(template(target), tmp_path / "set")
     TARGETS[target][1](tmp_path / "set")
+
+
+BAD = {"names no file": lambda root: int("x"), "KeyError": lambda root: {}["x"],
+       "reading changed a file": lambda root: next(root.glob("*.csv")).unlink(missing_ok=True),
+       "landed outside": lambda root: (root.parent / "canary").mkdir()}
+
+
+@pytest.mark.parametrize("complaint", BAD)
+def test_the_oracle_notices_a_bad_loader(complaint, template, tmp_path, monkeypatch):
+    whole = template("shop table")
+    monkeypatch.setitem(TARGETS, "shop table", (table, BAD[complaint]))
+    with pytest.raises(AssertionError, match=complaint):
+        cases("shop table", [1], whole, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("target", TARGETS)
