@@ -50,7 +50,8 @@ class Config:
     merges: str = ""                # CLIP's vocabulary file, for --clip
     lr: float = 1e-3                # Adam step size of the editor (the paper: 1e-4)
     critic_lr: float = 1e-3         # Adam step size of the critic (the paper: 4e-4)
-    similar: float = 2.0            # weight of CLIP's cosine between edit and sentence
+    similar: float = 0.5            # weight of CLIP's agreement between edit and sentence
+    contrast: bool = True           # agreement with the wish against the true sentence (ours); off: plain cosine (then --similar=4)
     own: float = 4.0                # weight of L1: the picture's own sentence must give the picture back
     keep: float = 1.0               # weight of L1 between edit and source (ours)
     penalty: float = 2.0            # weight k of the matching-aware gradient penalty
@@ -126,10 +127,10 @@ class Sentences(torch.nn.Module):
                 self.table[text] = F.normalize(found, dim=0) * len(found) ** 0.5
         return torch.stack([self.table[text] for text in texts])
 
-    def agreement(self, pictures, texts):
-        """CLIP's cosine of pictures and sentences, differentiable in the pictures.   -> (B,)"""
+    def agreement(self, pictures, *texts):
+        """CLIP's cosine of pictures with one or more sentences each, differentiable in the pictures.   -> (T, B)"""
         embedding = self.clip[0].encode_image(clip.standard(pictures, self.clip[0].size))[1]
-        return F.cosine_similarity(embedding, self.by_clip(texts))
+        return torch.stack([F.cosine_similarity(embedding, self.by_clip(some)) for some in texts])
 
 
 def whitening(x, least=0.01):
@@ -199,7 +200,7 @@ class Task:
     ablations = {
         "full": {}, "fixed composition": {"composition": "fixed"}, "static convolution": {"dynamic": False},
         "spatial only": {"composition": "spatial"}, "channel only": {"composition": "channel"},
-        "w/o semantic decoder": {"semantic": False}, "w/o CLIP similarity": {"similar": 0.0},
+        "w/o semantic decoder": {"semantic": False}, "w/o CLIP similarity": {"similar": 0.0}, "plain cosine": {"contrast": False, "similar": 4.0},
         "w/o own sentence": {"own": 0.0}, "w/o keep": {"keep": 0.0}, "rolled sentences": {"near": False, "more": 0},
         "w/o mean of weights": {"average": 0.0}, "learnt text encoder": {"text": "lstm"},
     }
@@ -264,7 +265,10 @@ class Task:
             half = encoded[0][::2], [x[::2] for x in encoded[1]], [x[::2] for x in encoded[2]]       # enough, and cheaper
             terms["own"] = cfg.own * (self.editor.edit(half, own[::2]) - source[::2]).abs().mean()
         if cfg.similar and self.read.clip:
-            terms["similar"] = -cfg.similar * self.read.agreement(edited, said[0][1]).mean()
+            so, wish = self.read.agreement(edited, *said[0])
+            if cfg.contrast:                                 # more like the wish than like what is so, in CLIP's own logits
+                wish = F.logsigmoid(self.read.clip[0].logit_scale.exp() * (wish - so))
+            terms["similar"] = -cfg.similar * wish.mean()
         if cfg.oracle:
             terms["oracle"] = cfg.oracle * (edited - parallel.shard(target).to(self.device)).abs().mean()
         parallel.descend(self.optimiser, sum(terms.values()))
@@ -356,7 +360,7 @@ def measure(part, data, rows, task):
     source, edited = part["source"], part["edited"].clamp(-1, 1)
     found = {"L2": (edited - source).square().mean((1, 2, 3)), "features": task.judge.features(edited)}
     if task.read.clip:
-        found["CLIP score"] = task.read.agreement(edited, part["asked"])
+        found["CLIP score"] = task.read.agreement(edited, part["asked"])[0]
         found["MP"] = (1 - found["L2"]) * found["CLIP score"]                  # manipulative precision as published
     if not task.known:
         sentence = task.read(part["asked"])

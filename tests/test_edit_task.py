@@ -1,5 +1,7 @@
 """What DE-Net's task, judges and editing command promise."""
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,6 +148,15 @@ def test_manipulative_precision_reproduces_the_published_row():
     assert (1 - 0.015) * 0.192 == pytest.approx(0.189, abs=5e-4)
 
 
+def test_clip_prefers_the_wish_for_the_known_result_only():
+    """Why the contrast teaches: measured on 200 edits, 0.94 of results and 0.10 of sources agree more with the wish."""
+    one, data = tiny(), edits.load("builtin", split="valid")
+    said = data.said(range(100))[0]
+    for pictures, least, most in ((data.target(range(100)), 0.8, 1), (data.source(range(100)), 0, 0.25)):
+        so, wish = one.read.agreement(pictures, *said)
+        assert least <= float((wish > so).float().mean()) <= most
+
+
 # -- training ------------------------------------------------------------------------------------------------------------
 
 
@@ -272,5 +283,22 @@ def test_damaged_and_missing_files_get_a_sentence(run, tmp_path):
 def test_a_run_leaves_pictures_and_rows_to_compare_with(run):
     for name in ("edits.png", "weights.png", "curve.png", "result.json"):
         assert (run / name).exists(), name
-    result = __import__("json").loads((run / "result.json").read_text())
+    result = json.loads((run / "result.json").read_text())
     assert set(result["rivals"]) == {"copy the input", "oracle"} and "recolour changed" in result["metrics"]
+
+
+# -- real data: optional ----------------------------------------------------------------------------------------------------
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.mark.parametrize("name, root", [("noto", "emoji"), ("birds64", "birds"), ("birds", "birds")])
+def test_real_pictures_train_without_special_cases(name, root):
+    if not (SHARED / root).is_dir():
+        pytest.skip(f"needs {root} under ../shared/data")
+    one = tiny(data=name, root=str(SHARED / root))
+    losses = steps(one, 0, 1)
+    assert all(value.isfinite() for value in losses.values()) and one.headline == "asked"
+    true, asked = one.data["train"].said(range(3), 1)[0]
+    assert all(a != b for a, b in zip(true, asked, strict=True)), "the wish is not what is already so"
+    assert (one.data["train"].target is not None) == (name == "noto")
