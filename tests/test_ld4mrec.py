@@ -255,7 +255,7 @@ def test_soft_targets_are_the_formulas():
 def test_neighbour_scores_are_two_step_walks():
     train, _ = toy()
     R = torch.zeros(20, 15).index_put((train[:, 0], train[:, 1]), torch.ones(()))
-    walk = (R / R.sum(0).clamp(min=1)).T @ (R / R.sum(1, keepdim=True).clamp(min=1))
+    walk = (R / R.sum(0).clamp(min=1)).T @ (R / R.sum(1, keepdim=True).clamp(min=1) ** 1.5)
     walk.fill_diagonal_(0)
     value, near = walk.topk(3, dim=1)
     score = R @ torch.zeros(15, 15).scatter(1, near, value)
