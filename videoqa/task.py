@@ -317,7 +317,7 @@ class Task:
             out, frames = self.run(part, torch.tensor([q])), quiz.film(view, [video], 64, self.cfg.frames)[0]
             tokens = part.tokens[q : q + 1, : int(part.lengths[q])].to(self.device)
             features = self.standard(*(x[part.row[q], None].to(self.device) for x in (part.appearance, part.motion)))
-            best = out.logits[0].softmax(0).topk(3)
+            best = out.logits[0].index_fill(0, torch.arange(2, device=self.device), -torch.inf).softmax(0).topk(3)
             told = ", ".join(f"{self.words.tables['answer'][i]} {x:.2f}" for x, i in zip(*best, strict=True))
             effect = without_each_clip(self.model, tokens, *features, int(best.indices[0]))
             chosen = frames.unflatten(0, (quiz.CLIPS, -1))[:, looked(self.cfg.frames, self.cfg.look)]
