@@ -204,7 +204,7 @@ class Explorer:
             text = f"{label}: cos {float(F.cosine_similarity(whole, model.item.weight[[item]])):.2f}"
             if self.masks is not None:
                 s = score_maps(heat, self.masks[[item]])
-                text += f", drift {float(s['drift']):.2f}, omission {float(s['omission']):.2f}"
+                text += ", flat map" if s["flat"] else f", drift {float(s['drift']):.2f}, omission {float(s['omission']):.2f}"
             cells.append((over[0], text))
         for label, space in (("encoder", self.data.features["image"]), ("adapted", after.purify("image"))):
             near = nearest(space, count)[item].tolist()
