@@ -180,8 +180,8 @@ def residual(channels_in, channels_out):
 class FeatureExtractor(nn.Module):
     """CLIP feature extractor (netD): walks up the taps, each deeper one through gates.   (B, n, w, g, g) -> (B, C, g, g)
 
-    gates  what they start at. Official code: 0, the first tap alone and no residual; a run of a few hundred steps ends
-           before such gates have opened (measured in README.md), so short runs start with open ones.
+    gates  what they start at. Official code: 0, the first tap alone and no residual. A run of a few hundred steps ends
+           before such gates have opened (README.md has the numbers); `--gates=1` starts with open ones.
     """
 
     def __init__(self, clip_width, taps, out=512, gates=0.0):

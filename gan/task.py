@@ -48,10 +48,10 @@ class Config:
     widest: int = 8                  # most channels of the image generator, times base (official: 8)
     bridge: tuple = (32, 16, 2)      # bridge predictor: channels, hidden channels, blocks (official: 64, 32, 4)
     prompt_layers: tuple = (1, 2)    # CLIP blocks, from 0, that see a prompt (official: 1 to 8)
-    taps: tuple = (0, 2, 3)          # CLIP blocks, from 0, whose output the critic sees (official: 1, 4, 8)
+    taps: tuple = (0, 1, 2)          # CLIP blocks, from 0, whose output the critic sees (official: 1, 4, 8)
     channels: int = 64               # of the critic's features (official: 512)
     hidden: int = 64                 # channels of the quality assessor (official: 128)
-    gates: float = 1.0               # what the critic's gates start at (official: 0, which a short run never opens)
+    gates: float = 0.0               # what the gates of the critic start at (official: 0)
     lr_g: float = 1e-3               # Adam step size of the generator (official: 1e-4)
     lr_d: float = 2e-3               # Adam step size of the critic (official: 4e-4)
     clip_weight: float = 4.0         # of the CLIP similarity, lambda (official: 4)
@@ -111,7 +111,7 @@ class Task:
     ablations = {
         "full": {}, "plain discriminator": {"critic": "plain"}, "w/o mapper": {"mapper": False}, "w/o prompts": {"prompts": False},
         "w/o CLIP loss": {"clip_weight": 0.0}, "first tap only": {"taps": (0,)}, "deepest tap only": {"taps": (3,)},
-        "w/o penalty": {"penalty": 0.0}, "DF-GAN": {"critic": "plain", "mapper": False, "clip_weight": 0.0},
+        "open gates": {"gates": 1.0}, "w/o penalty": {"penalty": 0.0}, "DF-GAN": {"critic": "plain", "mapper": False, "clip_weight": 0.0},
     }
 
     def __init__(self, cfg, device):
