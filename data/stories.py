@@ -229,7 +229,8 @@ def flags_of(table, stories, file):
     for key in (key for story in stories for key in story):
         if not isinstance(table, dict) or key not in table:
             raise ValueError(f"{file} has no character flags of {key}, which is part of a story")
-    return [[np.asarray(table[key]) for key in story] for story in stories]
+    with safe.damage(file, "has character flags that are not rows of numbers"):
+        return [[np.asarray(table[key]) for key in story] for story in stories]
 
 
 def plain_path(entry, where):
