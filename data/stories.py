@@ -138,7 +138,8 @@ def clevr(name, root, part, size):
     The published sample names no parts: stories are taken in order, the last fifth is the second part [ours].
     """
     table = safe.load_object_array(root / "CLEVR_dict.npy", dict, "the 75 attributes of each picture by its name")
-    table = {Path(str(key)).stem: np.asarray(row, dtype=np.float32).reshape(-1) for key, row in table.items()}
+    with safe.damage(root / "CLEVR_dict.npy", "needs 75 numbers for each picture"):
+        table = {Path(str(key)).stem: np.asarray(row, dtype=np.float32).reshape(-1) for key, row in table.items()}
     numbers = sorted({key.rsplit("_", 1)[0] for key in table})
     cut = len(numbers) * 4 // 5
     numbers = numbers[:cut] if part == "train" else numbers[cut:]
