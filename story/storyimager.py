@@ -195,17 +195,20 @@ class ContextExtractor(nn.Module):
 # -- diffusion ------------------------------------------------------------------------------------------------------------------
 
 
-def alpha_bars(steps=1000, start=0.00085, end=0.012, zero=False):
+def alpha_bars(steps=1000, start=0.00085, end=0.012, zero=False, shift=1.0):
     """Stable Diffusion's "scaled linear" schedule: beta from start to end, linear in its root.   -> (steps,) float64
 
     zero   stretch the roots so that the last step holds no signal (Lin et al. 2024, "Common diffusion noise schedules
            and sample steps are flawed"). Pixels need it: the mean of a frame survives the published last step, and a
            model that reads the background there cannot draw one from pure noise
+    shift  divide the signal-to-noise ratio by shift^2 (Hoogeboom et al. 2023, "simple diffusion"): neighbouring pixels
+           say the same, so at the published noise levels most of a frame is still visible and its words teach nothing
     """
     root = (1 - torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()).cumprod(0).sqrt()
     if zero:
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    return root.square()
+    alpha_bar = root.square()
+    return alpha_bar / (alpha_bar + shift**2 * (1 - alpha_bar))
 
 
 def targets(z0, noise, alpha_bar, predict):
@@ -248,18 +251,19 @@ def sampling_times(steps, total=1000, trailing=False):
 class StoryImager(nn.Module):
     """The storyboard model around a UNet and a Context-FE; the text encoder and the autoencoder stay outside, frozen.
 
-    zero, clip        the schedule ends without signal; pictures stay in [-1, 1] (both for pixels)
-    independent=True  folds the cells into the batch before anything else: frames that never see each other (the rival)
+    zero, shift, clip  schedule of `alpha_bars`; pictures stay in [-1, 1] (for pixels)
+    independent=True   folds the cells into the batch before anything else: frames that never see each other (the rival)
     """
 
-    def __init__(self, unet, extractor, board=Board(), predict="noise", independent=False, zero=False, clip=False):  # noqa: B008
+    def __init__(self, unet, extractor, board=Board(), predict="noise", independent=False, zero=False, shift=1.0,  # noqa: B008
+                 clip=False):
         super().__init__()
         if predict not in ("noise", "v", "picture") or zero and predict == "noise":
             raise ValueError(f"the network cannot predict {predict!r}: choose noise, v or picture, and not noise on a schedule "
                              "whose last step holds nothing else")
         self.unet, self.extractor = unet, extractor
         self.board, self.predict, self.independent, self.zero, self.clip = board, predict, independent, zero, clip
-        self.register_buffer("alpha_bar", alpha_bars(zero=zero).float(), persistent=False)
+        self.register_buffer("alpha_bar", alpha_bars(zero=zero, shift=shift).float(), persistent=False)
 
     def denoise(self, z, t, words, keep, mask):
         """Network output for noisy cells.   z (B, F, c, h, w), t (B,) -> (B, F, c, h, w)"""

@@ -55,9 +55,9 @@ class Config:
     sd: str = ""                     # folder of Stable Diffusion 1.5 in the diffusers layout: it replaces stage 1
     base: str = ""                   # checkpoint of a run whose stage 1 (text encoder and UNet) is taken over
     seed: int = 0                    # random seed
-    steps: int = 1050                # optimiser steps of both stages
+    steps: int = 1950                # optimiser steps of both stages
     base_steps: int = 450            # of these, steps of stage 1; 0 without --base or --sd: stage 2 from scratch
-    anneal: int = 600                # steps of stage 2 over which its step size falls to a tenth (cosine)
+    anneal: int = 1500               # steps of stage 2 over which its step size falls to a tenth (cosine)
     eval_every: int = 300            # steps between evaluations
     patience: int = 0                # evaluations without improvement before stopping; 0: never
     batch: int = 16                  # stories in a step (stage 1: all their frames)
@@ -88,6 +88,7 @@ class Config:
     independent: bool = False        # rival: frames that never see each other
     autoregressive: bool = False     # rival: frame by frame, each from the frames and sentences before it
     predict: str = "picture"         # the network predicts noise (SD), v or the picture
+    shift: float = 4.0               # noise schedule: signal-to-noise ratio divided by its square; pixels need more noise (SD: 1)
     lr_base: float = 2e-3            # AdamW step size of stage 1
     lr: float = 2e-3                 # AdamW step size of stage 2 (at SD's size: 1e-4)
     ema: float = 0.99                # decay of the averaged weights that draw and are judged
@@ -117,7 +118,7 @@ def paper(name):
     if name != "sd":
         raise ValueError(f"--paper={name} is unknown; there is sd")
     return {"size": 256, "widths": (320, 640, 1280, 1280), "attention": (True, True, True, False), "resnets": 2, "heads": 8,
-            "groups": 32, "width": 768, "length": 77, "depth": 2, "predict": "noise", "lr": 1e-4, "ema": 0.999, "base_steps": 0,
+            "groups": 32, "width": 768, "length": 77, "depth": 2, "predict": "noise", "shift": 1.0, "lr": 1e-4, "ema": 0.999, "base_steps": 0,
             "steps": 20_000, "anneal": 20_000, "eval_every": 2000, "sampler": 50, "guidance": 6.0}
 
 
@@ -164,7 +165,7 @@ class Task:
         extractor = ContextExtractor(cfg.width, self.cells, (channels, side, side), cfg.tokens, cfg.depth, cfg.text_heads, cfg.prior)
         unet = tuned_unet(cfg.rank, cfg.alpha, cfg.mode, cfg.lora_out, cfg.lora_self, **sizes)
         self.base = share(UNet(**sizes), unet).to(self.device)                # stage 1 pays for no LoRA
-        story = StoryImager(unet, extractor, self.board, cfg.predict, cfg.independent, zero=not cfg.sd, clip=not cfg.sd)
+        story = StoryImager(unet, extractor, self.board, cfg.predict, cfg.independent, not cfg.sd, cfg.shift, clip=not cfg.sd)
         if cfg.sd:
             self.vae = vae_from_official(read_state(part_of(cfg.sd, "vae"))[0]).eval().requires_grad_(False).to(self.device)
             load_base(unet, read_state(part_of(cfg.sd, "unet"))[0])

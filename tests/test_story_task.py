@@ -164,6 +164,8 @@ def test_papers_sizes_are_those_of_stable_diffusion():
 def test_the_pixel_schedule_ends_without_signal_and_starts_alike():
     zero, plain_ = alpha_bars(zero=True), alpha_bars()
     assert zero[-1] == 0 and zero[0] == pytest.approx(float(plain_[0])) and (zero.diff() < 0).all()
+    shifted = alpha_bars(zero=True, shift=4.0)
+    torch.testing.assert_close(((1 - shifted) / shifted)[:-1], (16 * (1 - zero) / zero)[:-1])
     assert sampling_times(20, trailing=True)[0] == 999 and sampling_times(20, trailing=True)[-1] > 0
     assert len(set(sampling_times(7, trailing=True))) == 7
 
