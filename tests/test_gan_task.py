@@ -141,14 +141,14 @@ def test_batches_depend_on_seed_and_step_alone_and_full_captions_come_first():
 # -- a run ----------------------------------------------------------------------------------------------------------------
 
 
-def test_sixty_steps_equal_forty_then_twenty():
-    result = run("--steps=60", "--eval_every=30", tag="whole")
-    run("--steps=40", "--eval_every=30", tag="parts")
-    run("--steps=60", "--eval_every=30", tag="parts")
+def test_a_run_in_two_parts_is_the_run_in_one():
+    result = run("--steps=18", "--eval_every=18", tag="whole")
+    run("--steps=12", "--eval_every=18", tag="parts")
+    run("--steps=18", "--eval_every=18", tag="parts")
     a, b = (load_checkpoint(f"runs/galip-{tag}/last.pt")["state"] for tag in ("whole", "parts"))
     for part in ("generator", "critic", "average"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
-    for file in ("samples.png", "beside.png", "samples-000030.png", "curve.png"):
+    for file in ("samples.png", "beside.png", "samples-000018.png", "curve.png"):
         assert Path("runs/galip-whole", file).exists(), file
     assert result["rivals"]["real pictures, the ceiling"]["attributes"] > 0.85 > 0.5 > result["chance"]["attributes"]
     assert {"attributes", "shape", "R-precision", "Frechet", "CLIP score", "unseen shape"} <= result["metrics"].keys()
@@ -197,7 +197,7 @@ def test_fitting_brings_pairs_together_and_keeps_known_words(tmp_path):
         return float((own - torch.cosine_similarity(shown, told.roll(1, 0)).mean()).detach())
 
     before = gap()
-    fit(task.words, task.data["train"], steps=60, seed=0, batch=12, lr=2e-3)
+    fit(task.words, task.data["train"], steps=40, seed=0, batch=12, lr=2e-3)
     assert gap() > before + 0.1 and not any(p.requires_grad for p in task.clip.parameters())
 
 
