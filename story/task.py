@@ -61,8 +61,8 @@ class Config:
     eval_every: int = 300            # steps between evaluations
     patience: int = 0                # evaluations without improvement before stopping; 0: never
     batch: int = 16                  # stories in a step (stage 1: all their frames)
-    size: int = 32                   # pixels of a frame's side
-    patch: int = 4                   # block of pixels that becomes the channels of a latent pixel
+    size: int = 48                   # pixels of a frame's side
+    patch: int = 6                   # block of pixels that becomes the channels of a latent pixel
     frames: int = 4                  # builtin: frames of a story
     rows: int = 2                    # rows of the board
     order: str = "column"            # frames run down the columns (Fig. 2), or row by row

@@ -21,7 +21,7 @@ from story.task import Config, Task, paper
 from story.unet import UNet
 from story.words import Encoder
 
-TINY = dict(batch=4, size=16, widths=(8, 16), heads=2, groups=4, width=16, text_heads=2, rank=2, alpha=2.0, judged=(4, 4), sampler=2,
+TINY = dict(batch=4, size=16, patch=4, widths=(8, 16), heads=2, groups=4, width=16, text_heads=2, rank=2, alpha=2.0, judged=(4, 4), sampler=2,
             steps=4, base_steps=2, eval_every=4)
 TOLD = ["Pip the red star walks in the snow.", "It meets Mo.", "They jump.", "It stands on the left."]
 
