@@ -34,7 +34,7 @@ class Config:
     data: str = "builtin"           # builtin, noto, emojitwo, birds, birds64, coco, codraw, folder, npz, ...
     root: str = ""                  # folder of the real data
     seed: int = 0                   # random seed
-    steps: int = 1200               # optimiser steps
+    steps: int = 2000               # optimiser steps
     eval_every: int = 400           # steps between evaluations
     batch: int = 16                 # pictures edited in a step, B (the paper: 32)
     size: int = 64                  # pixels of a side: 4 x a power of two (the paper: 256)
