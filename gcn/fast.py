@@ -113,18 +113,19 @@ class _InfoNCE(torch.autograd.Function):
 
     w_r is the share of anchor r in the batch, n_c how often candidate c occurs. The loss is linear in its own gradient,
     so da and db are made while a block of exponentials is still in the cache, and no R x R matrix is kept.
-    Cosines are at most 1: exp((cos - 1) / tau) needs no search for the largest logit; tau >= 0.03 keeps it above 1e-29.
+    Cosines are at most 1: exp(cos / tau) needs no search for the largest logit; tau >= 0.03 keeps it within 1e+-15.
     """
 
     @staticmethod
     def forward(ctx, a, b, w, n, tau):
         value, da, db = -(w * (a * b).sum(1)).sum() / tau, torch.empty_like(a), torch.zeros_like(b)
         weighted, logit = n[:, None] * b, (b / tau).T.contiguous()              # (R, D), (D, R)
+        block = a.new_empty(min(BLOCK, len(a)), len(b))       # one for all: fresh memory costs more than the product
         for r in range(0, len(a), BLOCK):
             mine = slice(r, r + BLOCK)
-            p = (a[mine] @ logit).sub_(1 / tau).exp_()                          # (BLOCK, R)
+            p = torch.mm(a[mine], logit, out=block[: len(a) - r]).exp_()        # (BLOCK, R)
             total = p @ n                                                       # (BLOCK,)  sum_c n_c p_rc
-            value += (w[mine] * (total.log() + 1 / tau)).sum()
+            value += (w[mine] * total.log()).sum()
             torch.div(p @ weighted, total[:, None], out=da[mine])               # mean candidate of each anchor
             db.addmm_(p.T, (w[mine] / total)[:, None] * a[mine])
         ctx.save_for_backward((w / tau)[:, None] * (da - b), (n[:, None] * db - w[:, None] * a) / tau)
