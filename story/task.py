@@ -88,7 +88,7 @@ class Config:
     independent: bool = False        # rival: frames that never see each other
     autoregressive: bool = False     # rival: frame by frame, each from the frames and sentences before it
     predict: str = "picture"         # the network predicts noise (SD), v or the picture
-    shift: float = 4.0               # noise schedule: signal-to-noise ratio divided by its square; pixels need more noise (SD: 1)
+    shift: float = 1.0               # noise schedule: signal-to-noise ratio divided by its square, above 1 for more noise
     lr_base: float = 2e-3            # AdamW step size of stage 1
     lr: float = 2e-3                 # AdamW step size of stage 2 (at SD's size: 1e-4)
     ema: float = 0.99                # decay of the averaged weights that draw and are judged
