@@ -62,6 +62,11 @@ class Task(task.Task):
          for with_, own in (("", {"adapter": "host"}), (" + BeFA", {}))}
     published = {}
 
+    def __init__(self, cfg, device, data=None):
+        super().__init__(cfg, device, data)
+        drawn = self.data.pictures is not None and "image" in self.data.features
+        self.next = f"python -m gcn.recommend --item {int(self.data.test[0, 1])} --why" if drawn else "python train.py befa --eval"
+
     def read_data(self):
         """The data set, its image features replaced where --encoder asks for it."""
         data = super().read_data()

@@ -343,6 +343,7 @@ def test_a_run_compares_pairs_and_draws(run_folder):
     assert "mgcn without and with BeFA, 1 paired seeds" in text and "image: background" in text
     assert {"attribution.png", "words.png", "attribution.csv", "host.pt"} <= {p.name for p in folder.iterdir()}
     assert len((folder / "attribution.csv").read_text().splitlines()) == 601
+    assert task.next.startswith("python -m gcn.recommend --item ")
     assert task.twins()[0][0].cfg.adapter == "host" and set(task.rivals()) == {"popularity", "mgcn without BeFA"}
     assert "adapters 0." in cost_lines(task.twins())[0] and len(ranking_lines(task, task.twins())) == 6
 
