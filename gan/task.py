@@ -59,6 +59,7 @@ class Config:
     penalty_form: str = "code"       # code: one norm of both gradients; paper: the sum of two norms
     ema: float = 0.995               # decay of the averaged generator that draws and is judged (official: none, 0)
     critic: str = "clip"             # clip: the paper's; plain: DF-GAN's on pixels
+    whiten: bool = True              # generator and critic see decorrelated sentence vectors (official: CLIP's own)
     mapper: bool = True              # frozen CLIP inside the generator
     prompts: bool = True             # prompts inside the mapper
     compat: bool = False             # show CLIP pictures as the official code does: nearest, squeezed into [0.5, 1]
@@ -82,7 +83,7 @@ def paper(name):
     epoch = max(1, pictures[name] // 512)                     # about 1000 epochs for coco, by the author's word
     return {"data": name, "steps": 1000 * epoch, "eval_every": 10 * epoch, "batch": 512, "noise": 100, "base": 64, "widest": 8,
             "bridge": (64, 32, 4), "prompt_layers": tuple(range(1, 9)), "taps": (1, 4, 8), "channels": 512, "hidden": 128,
-            "gates": 0.0, "lr_g": 1e-4, "lr_d": 4e-4, "ema": 0.0}
+            "gates": 0.0, "whiten": False, "lr_g": 1e-4, "lr_d": 4e-4, "ema": 0.0}
 
 
 def candidates(texts):
@@ -111,7 +112,8 @@ class Task:
     ablations = {
         "full": {}, "plain discriminator": {"critic": "plain"}, "w/o mapper": {"mapper": False}, "w/o prompts": {"prompts": False},
         "w/o CLIP loss": {"clip_weight": 0.0}, "first tap only": {"taps": (0,)}, "deepest tap only": {"taps": (3,)},
-        "open gates": {"gates": 1.0}, "w/o penalty": {"penalty": 0.0}, "DF-GAN": {"critic": "plain", "mapper": False, "clip_weight": 0.0},
+        "raw sentence vectors": {"whiten": False}, "open gates": {"gates": 1.0}, "w/o penalty": {"penalty": 0.0},
+        "DF-GAN": {"critic": "plain", "mapper": False, "clip_weight": 0.0},
     }
 
     def __init__(self, cfg, device):
@@ -167,8 +169,13 @@ class Task:
         cfg, clip = self.cfg, self.clip
         if step == 0 and self.words.fitted:
             fit(self.words, self.data["train"], cfg.words_steps, cfg.seed)
+        if step == 0 and cfg.whiten:
+            rows = list(range(min(2048, len(self.data["train"]))))
+            full = world.captions(world.scenes(rows, objects=(1, cfg.objects))) if self.builtin else []
+            self.words.whiten(self.data["train"].sentences(rows) + full)
         pictures, texts = batch
         told = self.words(texts)                                                        # (global B, E)
+        target, told = parallel.shard(told), self.words.condition(told)
         sentence, wrong = parallel.shard(told), parallel.shard(told.roll(-1, 0))        # picture i with sentence i + 1
         noise = parallel.shard(torch.randn(cfg.batch, cfg.noise, device=self.device))
 
@@ -190,7 +197,7 @@ class Task:
         # generator: fool the critic, and agree with CLIP about the sentence; the same fakes, no second forward pass
         self.critic.requires_grad_(False)
         g_loss = -self.critic.score(seen, sentence).mean()
-        similarity = clip_similarity(embedding, sentence) if cfg.clip_weight else g_loss.new_zeros(())
+        similarity = clip_similarity(embedding, target) if cfg.clip_weight else g_loss.new_zeros(())
         parallel.descend(self.g_optimiser, g_loss - cfg.clip_weight * similarity)
         self.critic.requires_grad_(True)
         self.follow(step)
@@ -208,7 +215,7 @@ class Task:
     def paint(self, texts, seed=0, strict=False):
         """One picture a sentence, in [-1, 1]; noise from the seed.   -> (N, 3, S, S)"""
         noise = torch.randn(len(texts), self.cfg.noise, generator=generator(seed)).to(self.device)
-        told, parts = self.words(texts, strict), []
+        told, parts = self.words.condition(self.words(texts, strict)), []
         for z, e in zip(noise.split(CHUNK), told.split(CHUNK), strict=True):
             parts.append(self.average(z, e, self.clip).clamp(-1, 1).float())
         return torch.cat(parts)
