@@ -29,15 +29,15 @@ MODELS = {  # name: (module, Config overrides, paper, what it does, minutes on t
     "befa": ("gcn.befa_task", {}, "BeFA, AAAI 2025", "behaviour-driven feature adapter, attribution analysis", 1),
     "ld4mrec": ("diffusion_rec.task", {}, "LD4MRec", "light diffusion over a user's behaviour", 1),
     "galip": ("gan.task", {}, "GALIP, CVPR 2023", "text to image, CLIP in generator and discriminator", 8),
-    "denet": ("edit.task", {}, "DE-Net, AAAI 2023", "text-guided editing by dynamic composition", 8),
-    "storyimager": ("story.task", {}, "StoryImager, ECCV 2024", "visualise, continue and complete stories", 10),
-    "dualvgr": ("videoqa.task", {}, "DualVGR, TMM 2021", "graph reasoning for video question answering", 4),
+    "denet": ("edit.task", {}, "DE-Net, AAAI 2023", "text-guided editing by dynamic composition", 12),
+    "storyimager": ("story.task", {}, "StoryImager, ECCV 2024", "visualise, continue and complete stories", 15),
+    "dualvgr": ("videoqa.task", {}, "DualVGR, TMM 2021", "graph reasoning for video question answering", 5),
 }
 HELPERS = {  # rivals and pretraining: the same command, the same files
     "lightgcn": ("gcn.task", {"model": "lightgcn"}, "LightGCN, SIGIR 2020", "rival of mvgcn: behaviour only", 1),
     "vbpr": ("gcn.task", {"model": "vbpr"}, "VBPR, AAAI 2016", "rival of mvgcn: content without graphs", 1),
     "popularity": ("gcn.task", {"model": "popularity"}, "-", "rival of mvgcn: most clicked first", 1),
-    "clip": ("data.pretrain", {}, "CLIP, ICML 2021", "trains what is shipped in data/weights/", 15),
+    "clip": ("data.pretrain", {}, "CLIP, ICML 2021", "trains what is shipped in data/weights/", 23),
 }
 ALIASES = {"mgcn": "mvgcn"}
 MAY_CHANGE = {"steps", "eval_every", "patience", "root"}    # may differ between a checkpoint and the run resuming it

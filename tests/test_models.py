@@ -53,7 +53,8 @@ def test_four_steps_equal_two_then_two(name, tmp_path, monkeypatch):
     train.main(words(name, 4, 2, "--device=cpu"))
     assert same(state(tmp_path, name, "whole"), state(tmp_path, name))
     results = [json.loads((tmp_path / f"runs/{name}-{tag}/result.json").read_text()) for tag in ("whole", "default")]
-    assert results[0]["metrics"] == results[1]["metrics"] and list((tmp_path / f"runs/{name}-default").glob("*.png"))
+    one, two = ({k: x for k, x in r["metrics"].items() if not k.startswith("ms ")} for r in results)      # times differ
+    assert one == two and list((tmp_path / f"runs/{name}-default").glob("*.png"))
 
 
 @pytest.mark.slow
