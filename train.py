@@ -181,12 +181,20 @@ def keep(path, name, cfg, task, progress, **extra):
     save_checkpoint(path, checkpoint, path.with_name("previous.pt") if whole else None)
 
 
+def load_run(path, device="cpu"):
+    """A checkpoint that `keep` wrote.   raises FileNotFoundError or ValueError"""
+    checkpoint = load_checkpoint(path, device)
+    if missing := {"name", "config", "progress", "state"} - checkpoint.keys():
+        raise ValueError(f"{path} is no checkpoint of a run: it lacks {', '.join(sorted(missing))}")
+    return checkpoint
+
+
 def newest_checkpoint(folder, device):
     """The newest readable checkpoint of a run, or None if it has none.   raises ValueError if all are damaged"""
     paths = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
     for path in paths:
         try:
-            return load_checkpoint(path, device)
+            return load_run(path, device)
         except ValueError as error:
             print(f"{error}; trying the one saved before it")
     if paths:
@@ -382,9 +390,9 @@ def closing_lines(folder, result, after):
 def evaluate_checkpoint(name, module, run, typed):
     """--eval: rebuild the model that a checkpoint describes and print its test metrics beside chance."""
     path = run.ckpt or f"{run.out}/{name}-{run.tag}/best.pt"
-    checkpoint = load_checkpoint(path)
-    if checkpoint.get("name") != name:
-        raise ValueError(f"{path} holds '{checkpoint.get('name')}'; type python train.py {checkpoint.get('name')} --eval")
+    checkpoint = load_run(path)
+    if checkpoint["name"] != name:
+        raise ValueError(f"{path} holds '{checkpoint['name']}'; type python train.py {checkpoint['name']} --eval")
     moved = {key: value for key, value in typed.items() if key in ("data", "root")}
     task, _ = build(module, from_plain(module.Config, checkpoint["config"] | moved), run)
     restore(task, checkpoint, path, optimisers=False)

@@ -77,10 +77,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(capsys):
     assert "last.pt is damaged" in capsys.readouterr().out
     run(tag="b")
     assert same(weights("a")["state"], weights("b")["state"])
-    for file in ("last.pt", "previous.pt"):
-        Path(f"runs/toy-a/{file}").write_bytes(b"")
+    torch.save({"weight": torch.zeros(1)}, "runs/toy-a/last.pt")
+    Path("runs/toy-a/previous.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="no readable checkpoint .* --fresh"):
         run(tag="a")
+    assert "last.pt is no checkpoint of a run: it lacks config, name, progress, state" in capsys.readouterr().out
 
 
 def test_a_nan_loss_stops_at_once_and_keeps_the_last_good_state():
