@@ -14,19 +14,18 @@ POINTER = re.compile(r"`([\w/]+\.py):(\d+)-(\d+) ([\w.]+)`")
 READMES = sorted(p for p in ROOT.rglob("README.md") if "runs" not in p.parts and not any(x.startswith(".") for x in p.parts))
 
 
+def documented(tree, prefix=""):
+    """(node, dotted name) of every class, function and method."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node, prefix + node.name
+            yield from documented(node, prefix + node.name + ".")
+
+
 def symbols(path):
     """{dotted name: (first line, last line)} of every class, function and method; decorators belong to them."""
-    found = {}
-
-    def walk(node, prefix):
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.ClassDef | ast.FunctionDef):
-                first = min([child.lineno, *(d.lineno for d in child.decorator_list)])
-                found[prefix + child.name] = (first, child.end_lineno)
-                walk(child, prefix + child.name + ".")
-
-    walk(ast.parse(path.read_text()), "")
-    return found
+    return {name: (min([node.lineno, *(d.lineno for d in node.decorator_list)]), node.end_lineno)
+            for node, name in documented(ast.parse(path.read_text()))}
 
 
 def broken(readme):
@@ -64,6 +63,16 @@ def test_equations_named_in_a_readme_row_are_named_in_the_code(readme):
             source = "\n".join((ROOT / file).read_text().splitlines()[first - 1 : last])
             for equation in equations:
                 assert re.search(rf"Eqs?\. ?[\d, -]*\b{equation.split('-')[0]}\b", source), f"{name} in {file} does not name Eq. {equation}"
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_equations_named_in_indexed_code_are_in_the_index(readme):
+    rows = [line for line in readme.read_text().splitlines() if line.startswith("|") and POINTER.search(line)]
+    indexed = {(m[1], m[4]) for line in rows for m in POINTER.finditer(line)}
+    for file in {file for file, _ in indexed}:
+        for node, name in documented(ast.parse((ROOT / file).read_text())):
+            if re.search(r"\b(Eqs?|Fig)\. ?\d", ast.get_docstring(node) or ""):
+                assert (file, name) in indexed, f"{readme} has no row for {name} in {file}, which names an equation"
 
 
 def test_readme_links_lead_somewhere():
