@@ -247,6 +247,14 @@ def sdpa(backend, q, k, v, mask=None):
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask).transpose(1, 2)
 
 
+def flex(lengths, B, Q, K, device):
+    """FlexAttention, compiled; its block mask is made before the clock runs.   -> function of q, k, v"""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    mask = None if lengths is None else create_block_mask(lambda b, h, i, j: j < lengths[b], B, None, Q, K, device=device)
+    fused = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: fused(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+
+
 def both_of(function, leaves, upstream):
     """() -> gradient of the first leaf; the others' are computed too."""
     return lambda: torch.autograd.grad(function(*leaves), leaves, upstream)[0]
@@ -279,6 +287,7 @@ def attention_cases(device, quick):
                 functions["SDPA, expanded mask"] = partial(sdpa, "", mask=mask.expand(B, H, Q, K).contiguous())
             if gpu:
                 functions["softmax by hand, compiled"] = compiled(functions["softmax by hand"])
+                functions["FlexAttention"] = flex(None if seen is None else lengths, B, Q, K, device)
             name, right = f"attention {Q}x{K} D={D} {label}", functions["softmax by hand"]
             yield from two_cases(name, right, functions, inputs, numbers,
                                  {"copied": B * (2 * Q + 2 * K) * row, "flops": 4 * pairs * D, "launches": 1},
@@ -373,7 +382,7 @@ def measure(case, clock, top, repeats):
     for name, function in case["functions"].items():
         try:
             y = function()
-        except (RuntimeError, NotImplementedError) as problem:       # out of memory, or no such path in PyTorch
+        except (RuntimeError, ValueError) as problem:                # out of memory, or no such path in PyTorch
             print(f"    {name}: {str(problem).splitlines()[0][:100]}", file=sys.stderr)
             continue
         error = 0.0 if truth is None else float((y.double() - truth).norm() / truth.norm())
