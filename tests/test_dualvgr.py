@@ -8,7 +8,6 @@ from videoqa.model import (
     DualVGR,
     DynamicQuery,
     GraphAttention,
-    ReasoningUnit,
     consistency,
     from_official,
     hsic,
@@ -178,13 +177,15 @@ def test_the_order_of_clips_is_invisible():
 
 def test_a_punished_clip_is_heard_by_nobody_but_itself():
     torch.manual_seed(0)
-    unit, x = GraphAttention(16, 2).eval(), torch.randn(1, 4, 16)
-    score = torch.ones(1, 4)
-    score[0, 2] = 0
+    unit, x = GraphAttention(16, 2).eval(), torch.randn(2, 1, 4, 16)
+    for p in unit.parameters():
+        nn.init.normal_(p)
+    score = torch.ones(2, 1, 4)
+    score[:, 0, 2] = 0
     out, attention = unit(x, score)                          # clip 2 still takes part in the logits ...
-    u = unit.project(x).unflatten(2, (2, 8))
-    kept = torch.einsum("bhij,bjhk->bihk", attention[..., [0, 1, 3]], u[:, [0, 1, 3]])
-    torch.testing.assert_close(out, F.elu(kept).flatten(2))  # ... but its value never enters
+    u = unit.project(x).unflatten(3, (4, 8))                 # two views of two heads
+    kept = torch.einsum("sbhij,sbjhk->sbihk", attention.flatten(2, 3)[..., [0, 1, 3]], u[:, :, [0, 1, 3]])
+    torch.testing.assert_close(out.flatten(3), F.elu(kept).flatten(3))   # ... but its value never enters
 
 
 def test_pair_logits_have_the_same_gradients():
@@ -192,7 +193,8 @@ def test_pair_logits_have_the_same_gradients():
     unit = GraphAttention(8, 2).double().eval()
     for p in unit.parameters():
         nn.init.normal_(p)
-    x, score = torch.randn(2, 3, 8, dtype=torch.double, requires_grad=True), torch.rand(2, 3, dtype=torch.double, requires_grad=True)
+    x = torch.randn(2, 2, 3, 8, dtype=torch.double, requires_grad=True)
+    score = torch.rand(2, 2, 3, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, s: unit(x, s)[0], (x, score))
 
 
@@ -215,8 +217,8 @@ def test_switches_remove_exactly_their_part():
     assert (out.scores == 1).all()
     blind = DualVGR(**sizes, streams="appearance").eval()
     assert torch.equal(blind(tokens, lengths, appearance, motion).logits, blind(tokens, lengths, appearance, motion * 9).logits)
-    shared = ReasoningUnit(W, D, HEADS, share_common=True)
-    assert shared.common[0] is shared.common[1]
+    single = DualVGR(**sizes, views=1).eval()(tokens, lengths, appearance, motion)
+    assert (single.views == 1).all() and single.graph.shape[3] == 1
     with pytest.raises(ValueError, match="cycles=0"):
         DualVGR(**sizes, cycles=0)
 

@@ -54,7 +54,7 @@ class Answerer:
         self.words = Words()
         self.words.load_state_dict(state["words"])
         self.ids = {word: n for n, word in enumerate(self.words.tables["question"])}
-        self.standard = Standard(state["standard"]["mean"].shape[1], state["standard"]["table"])
+        self.standard = Standard(0, (state["standard"]["text"], state["standard"]["said"]))
         self.standard.load_state_dict(state["standard"])
         sizes = [len(self.words.tables[name]) for name in ("question", "answer")]
         self.model = build(self.cfg, *sizes, self.standard.width)

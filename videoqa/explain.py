@@ -110,9 +110,11 @@ def draw(path, question, told, frames, out, effect, evidence=None):
     for t in range(cycles):                                           # who listens to whom, mean of the heads
         sheet.text(LEFT - 8, sheet.y + 24, f"graph attention {t + 1}", anchor="rm")
         sheet.text(LEFT - 8, sheet.y + 38, f"row listens to column, white: {4 / n:.2g}", 8, GREY, "rm")
-        for k, name in enumerate(("appearance, own", "appearance, common", "motion, own", "motion, common")):
+        shown = out.graph[t, :, 0].mean(2).flatten(0, 1)
+        names = [f"{stream}, {view}" for stream in ("appearance", "motion") for view in ("common", "own")[: out.graph.shape[3]]]
+        for k, name in enumerate(names):
             x = LEFT + k * (graph + 22)
             sheet.text(x, sheet.y + 6, name, 8, GREY)
-            sheet.paste(heat(out.graph[t, k, 0].mean(0) * n / 4), x, sheet.y + 14, graph)
+            sheet.paste(heat(shown[k] * n / 4), x, sheet.y + 14, graph)
         sheet.y += graph + 26
     save(sheet.image.crop((0, 0, sheet.image.width, min(sheet.image.height, (sheet.y + 4) * SHARP))), path)

@@ -29,7 +29,7 @@ class Output(NamedTuple):
     disparity: torch.Tensor       # scalar, HSIC of both streams per sample, mean over cycles
     words: torch.Tensor           # (T, B, S) attention over words
     scores: torch.Tensor          # (T, 2, B, N) query punishment of appearance, motion
-    graph: torch.Tensor           # (T, 4, B, H, N, N) attention: appearance own, common, motion own, common
+    graph: torch.Tensor           # (T, 2, B, 2, H, N, N) attention of appearance, motion; of their common and own view
     views: torch.Tensor           # (T, 2, B, N) weight of the common view in appearance, motion
     readout: torch.Tensor         # (B, N) weight of each clip in the pooled video
 
@@ -95,6 +95,17 @@ class DynamicQuery(nn.Module):
         return torch.einsum("bs,bsw->bw", attention, words), attention
 
 
+class PerStream(nn.Module):
+    """A linear layer of each stream's own.   (2, B, N, in) -> (2, B, N, out)"""
+
+    def __init__(self, width_in, width_out):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(2, width_out, width_in)), nn.Parameter(torch.zeros(2, width_out))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias[:, None], x.flatten(1, 2), self.weight.mT).unflatten(1, x.shape[1:3])
+
+
 class QueryPunishment(nn.Module):
     """Query punishment module: a score in (0, 1) for each clip against the query; irrelevant clips are scaled down.
 
@@ -103,115 +114,107 @@ class QueryPunishment(nn.Module):
 
     def __init__(self, word_width, width):
         super().__init__()
-        self.query = nn.Linear(word_width, width)
+        self.query = PerStream(word_width, width)
 
     def forward(self, x, query):
-        return torch.sigmoid(torch.einsum("bnd,bd->bn", x, self.query(query)))                         # (B, N)
+        query = self.query(query[None, :, None].expand(2, -1, -1, -1))[:, :, 0]                        # (2, B, d)
+        return torch.sigmoid(torch.einsum("kbnd,kbd->kbn", x, query))                                  # (2, B, N)
 
 
 class GraphAttention(nn.Module):
     """Graph attention over the complete graph of clips; the punishment scales the values, not the logits.
 
+    Every view of a stream (common, own) is a graph of its own, with `heads` heads; all read the same clips.
     e_ij = LeakyReLU(a1 . U_i + a2 . U_j + b): two numbers per clip stand for the official code's (N, N, 2 d/H) tensor
-    of pairs, with identical values.   x (B, N, d), score (B, N) -> (B, N, d), attention (B, H, N, N)
+    of pairs, with identical values.   x (2, B, N, d), score (2, B, N) -> (2, B, N, V, d), attention (2, B, V, H, N, N)
     """
 
-    def __init__(self, width, heads, dropout=1.0):
+    def __init__(self, width, heads, views=2, dropout=1.0):
         super().__init__()
-        self.heads, self.drop = heads, nn.Dropout(DROPOUT * dropout)
-        self.project = nn.Linear(width, width)                             # U of all heads
-        self.receiver = nn.Parameter(torch.empty(heads, width // heads))   # a1
-        self.sender = nn.Parameter(torch.empty(heads, width // heads))     # a2
-        self.bias = nn.Parameter(torch.zeros(heads))                       # b
+        self.views, self.every, self.drop = views, views * heads, nn.Dropout(DROPOUT * dropout)
+        self.project = PerStream(width, views * width)                              # U of all views and heads
+        self.receiver = nn.Parameter(torch.empty(2, self.every, width // heads))    # a1
+        self.sender = nn.Parameter(torch.empty(2, self.every, width // heads))      # a2
+        self.bias = nn.Parameter(torch.zeros(2, self.every))                        # b
 
     def forward(self, x, score):
-        u = self.project(self.drop(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)          # (B, H, N, d/H)
-        to = (u * self.receiver[:, None]).sum(3) + self.bias[:, None]                          # (B, H, N)
-        of = (u * self.sender[:, None]).sum(3)
-        attention = F.leaky_relu(to[..., :, None] + of[..., None, :], 0.01).softmax(3)         # (B, H, N, N)
-        out = F.elu(self.drop(attention) @ (score[:, None, :, None] * u))                      # (B, H, N, d/H)
-        return self.drop(out.transpose(1, 2).flatten(2)), attention
+        x = self.drop(x)
+        u = self.heads_of(self.project(x))                                                       # (2, B, VH, N, d/H)
+        attention = self.logits(x, u).softmax(4)                                                 # (2, B, VH, N, N)
+        out = F.elu(self.drop(attention) @ (score[:, :, None, :, None] * u))
+        return self.drop(out.transpose(2, 3).unflatten(3, (self.views, -1)).flatten(4)), attention.unflatten(2, (self.views, -1))
+
+    def heads_of(self, x):
+        return x.unflatten(3, (self.every, -1)).transpose(2, 3)
+
+    def logits(self, x, u):
+        to, of = ((u * a[:, None, :, None]).sum(4) for a in (self.receiver, self.sender))
+        return F.leaky_relu((to + self.bias[:, None, :, None])[..., None] + of[..., None, :], 0.01)
 
 
 class SelfAttention(GraphAttention):
     """The rival of graph attention: logits are scaled dot products of two projections, all else is the same."""
 
-    def __init__(self, width, heads, dropout=1.0):
-        super().__init__(width, heads, dropout)
-        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+    def __init__(self, width, heads, views=2, dropout=1.0):
+        super().__init__(width, heads, views, dropout)
+        self.query, self.key = PerStream(width, views * width), PerStream(width, views * width)
         del self.receiver, self.sender, self.bias
 
-    def forward(self, x, score):
-        x = self.drop(x)
-        u, q, k = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.project, self.query, self.key))
-        attention = (q @ k.mT / u.shape[3] ** 0.5).softmax(3)
-        out = F.elu(self.drop(attention) @ (score[:, None, :, None] * u))
-        return self.drop(out.transpose(1, 2).flatten(2)), attention
+    def logits(self, x, u):
+        return self.heads_of(self.query(x)) @ self.heads_of(self.key(x)).mT / u.shape[4] ** 0.5
 
 
 class ViewAttention(nn.Module):
-    """Fuse the common and the own view of one stream, clip by clip.   -> (B, N, d), weights (B, N, 2)"""
+    """Fuse the views of a stream, clip by clip.   (2, B, N, V, d) -> (2, B, N, d), weights (2, B, N, V)"""
 
     def __init__(self, width):
         super().__init__()
-        self.enhance, self.score = nn.Linear(width, width), nn.Linear(width, 1, bias=False)
+        self.enhance, self.score = PerStream(width, width), nn.Parameter(torch.empty(2, 1, width))
 
-    def forward(self, common, own):
-        views = torch.stack([common, own], dim=2)                                                       # (B, N, 2, d)
-        weights = self.score(torch.tanh(self.enhance(views))).softmax(2)                                # (B, N, 2, 1)
-        return (weights * views).sum(2), weights[..., 0]
+    def forward(self, views):
+        hidden = torch.tanh(self.enhance(views.flatten(2, 3))).unflatten(2, views.shape[2:4])
+        weights = (hidden * self.score[:, None, None]).sum(4).softmax(3)
+        return (weights[..., None] * views).sum(3), weights
 
 
 class ReasoningUnit(nn.Module):
-    """One cycle: query, punishment, multi-view graph attention, view fusion and residual for both streams.
+    """One cycle: query, punishment, multi-view graph attention, view fusion and residual, for both streams at once.
 
-    views  "both" (the paper), "own" or "common": the graphs that are kept
+    Paper: the figure's AMC and MAC suggest one correlated graph. Official code: every graph sees one stream, with weights of
+    its own (confirmed by the author); only the loss and the query tie the streams.
     """
 
-    def __init__(self, word_width, width, heads, punish=True, views="both", share_common=False, graph="gat", dropout=1.0):
+    def __init__(self, word_width, width, heads, punish=True, views=2, graph="gat", dropout=1.0):
         super().__init__()
-        graph = {"gat": GraphAttention, "attention": SelfAttention}[graph]
-        self.punish, self.views = punish, views
+        self.punish = punish
         self.query = DynamicQuery(width)
-        self.punishment = nn.ModuleList(QueryPunishment(word_width, width) for _ in range(2))
-        self.own = nn.ModuleList(graph(width, heads, dropout) for _ in range(2))           # AIG, MIG in the figure
-        # Paper: the figure's AMC and MAC suggest one correlated graph. Official code: separate weights (confirmed).
-        common = [graph(width, heads, dropout) for _ in range(2)]
-        self.common = nn.ModuleList([common[0]] * 2 if share_common else common)
-        self.fuse = nn.ModuleList(ViewAttention(width) for _ in range(2))
+        self.punishment = QueryPunishment(word_width, width)
+        self.graph = {"gat": GraphAttention, "attention": SelfAttention}[graph](width, heads, views, dropout)
+        self.fuse = ViewAttention(width)
 
-    def forward(self, streams, words, context, mask, evidence=None):
+    def forward(self, x, words, context, mask, evidence=None):
         query, attention = self.query(words, context, mask)
-        scores, graphs, weights, fused, commons = [], [], [], [], []
-        for x, punishment, own, common, fuse in zip(streams, self.punishment, self.own, self.common, self.fuse, strict=True):
-            score = evidence if evidence is not None else punishment(x, query) if self.punish else x.new_ones(x.shape[:2])
-            (z_own, graph_own), (z_common, graph_common) = own(x, score), common(x, score)
-            z, weight = fuse(z_common, z_own)
-            if self.views != "both":
-                z = z_own if self.views == "own" else z_common
-            scores.append(score)
-            graphs += [graph_own, graph_common]
-            weights.append(weight[..., 0])
-            fused.append(x + z)
-            commons.append((z_own, z_common))
-        return fused, commons, (attention, torch.stack(scores), torch.stack(graphs), torch.stack(weights))
+        score = x.new_ones(x.shape[:3]) if not self.punish else self.punishment(x, query)
+        if evidence is not None:
+            score = evidence.expand_as(score)
+        views, graph = self.graph(x, score)
+        z, weights = self.fuse(views)
+        return x + z, views, (attention, score, graph, weights[..., 0])
 
 
 # -- fusion, readout, answer --------------------------------------------------------------------------------------------
 
 
 class MFB(nn.Module):
-    """Multimodal factorised bilinear fusion of the two streams, clip by clip.   -> (B, N, d)"""
+    """Multimodal factorised bilinear fusion of the two streams, clip by clip.   (2, B, N, d) -> (B, N, d)"""
 
     def __init__(self, width, inner=MFB_WIDTH):
         super().__init__()
-        self.appearance = nn.Linear(width, inner * MFB_FACTOR)
-        self.motion = nn.Linear(width, inner * MFB_FACTOR)
-        self.out = nn.Linear(inner, width)
+        self.streams, self.out = PerStream(width, inner * MFB_FACTOR), nn.Linear(inner, width)
 
-    def forward(self, appearance, motion):
-        product = F.elu(self.appearance(appearance)) * F.elu(self.motion(motion))
-        return F.elu(self.out(product.unflatten(2, (-1, MFB_FACTOR)).sum(3)))
+    def forward(self, x):
+        appearance, motion = F.elu(self.streams(x))
+        return F.elu(self.out((appearance * motion).unflatten(2, (-1, MFB_FACTOR)).sum(3)))
 
 
 class Readout(nn.Module):
@@ -248,23 +251,23 @@ class DualVGR(nn.Module):
 
     vocabulary, answers  sizes including the two special entries of each
     features             width of appearance and motion features, equal
+    views                2: a common and an own graph in each stream (the paper); 1: a single graph
     streams              "both", "appearance" or "motion": a missing stream is fed zeros
     graph                "gat" (the paper) or "attention", plain self-attention with the same punished values
     mfb, dropout         width of the fusion (256 in the official code); factor on every dropout rate (1: the paper's)
     """
 
     def __init__(self, vocabulary, answers, features=2048, width=768, word_width=300, heads=4, cycles=2, punish=True,
-                 views="both", streams="both", share_common=False, graph="gat", mfb=MFB_WIDTH, dropout=1.0):
+                 views=2, streams="both", graph="gat", mfb=MFB_WIDTH, dropout=1.0):
         super().__init__()
         if cycles < 1 or width % (2 * heads):
             raise ValueError(f"cycles={cycles} must be at least 1 and width={width} a multiple of 2 x heads={heads}")
-        self.streams = streams
+        self.streams, self.heads = streams, heads
         self.drop, self.drop_last = nn.Dropout(DROPOUT * dropout), nn.Dropout(LAST_DROPOUT * dropout)
         self.question = QuestionEncoder(vocabulary, word_width, width, dropout)
         self.appearance = BiLSTM(features, width)
         self.motion = nn.Linear(features, width)
-        self.units = nn.ModuleList(ReasoningUnit(word_width, width, heads, punish, views, share_common, graph, dropout)
-                                   for _ in range(cycles))
+        self.units = nn.ModuleList(ReasoningUnit(word_width, width, heads, punish, views, graph, dropout) for _ in range(cycles))
         self.fusion = MFB(width, mfb)
         self.readout = Readout(width, dropout)
         self.decoder = AnswerDecoder(width, answers, dropout)
@@ -276,17 +279,22 @@ class DualVGR(nn.Module):
             if name == "question.embed.weight":
                 nn.init.uniform_(p, -1, 1)
             elif name.endswith(("receiver", "sender")):     # halves of one (1, 2 d/H) matrix per head
-                bound = (6 / (2 * p.shape[1] + 1)) ** 0.5
+                bound = (6 / (2 * p.shape[2] + 1)) ** 0.5
                 nn.init.uniform_(p, -bound, bound)
+            elif "graph." in name and p.dim() == 3:         # a matrix per head
+                for head in p.unflatten(1, (-1, p.shape[2] // self.heads)).flatten(0, 1):
+                    nn.init.xavier_uniform_(head)
             elif p.dim() > 1:
-                nn.init.xavier_uniform_(p)
+                for matrix in p if p.dim() == 3 else [p]:
+                    nn.init.xavier_uniform_(matrix)
             elif "norm" not in name:
                 nn.init.zeros_(p)
 
-    def encode_appearance(self, frames):
-        """Frames of each clip to one vector.   (B, N, F, features) -> X_A (B, N, d)"""
-        x = torch.tanh(self.drop(frames)).flatten(0, 1)                                       # (B N, F, features)
-        return self.drop_last(self.appearance(x)[1]).unflatten(0, frames.shape[:2])
+    def encode(self, appearance, motion):
+        """Both streams, one vector a clip.   (V, N, F, features), (V, N, features) -> X (2, V, N, d)"""
+        frames = torch.tanh(self.drop(appearance * (self.streams != "motion"))).flatten(0, 1)           # (V N, F, features)
+        seen = self.drop_last(self.appearance(frames)[1]).unflatten(0, motion.shape[:2])
+        return torch.stack([seen, self.motion(motion * (self.streams != "appearance"))])
 
     def forward(self, tokens, lengths, appearance, motion, video=None, evidence=None):
         """tokens (B, S) int, lengths (B,), appearance (V, N, F, features), motion (V, N, features) -> Output
@@ -296,20 +304,17 @@ class DualVGR(nn.Module):
         """
         words, context, sentence = self.question(tokens, lengths)
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths.to(tokens.device)[:, None]
-        streams = [self.encode_appearance(appearance * (self.streams != "motion")),
-                   self.motion(motion * (self.streams != "appearance"))]
-        if video is not None:
-            streams = [x[video] for x in streams]
-        cycles, losses = [], []
+        x = self.encode(appearance, motion)
+        x = x if video is None else x[:, video]
+        maps, common, apart = [], [], []
         for unit in self.units:
-            streams, commons, maps = unit(streams, words, context, mask, evidence)
-            cycles.append(maps)
-            losses.append((consistency(commons[0][1], commons[1][1]),
-                           sum(hsic(own, common) for own, common in commons).mean()))
-        video, readout = self.readout(self.fusion(*streams))
-        maps = [torch.stack(parts) for parts in zip(*cycles, strict=True)]
-        com, dis = (torch.stack(parts).mean() for parts in zip(*losses, strict=True))
-        return Output(self.decoder(video, sentence), com, dis, *maps, readout)
+            x, views, found = unit(x, words, context, mask, evidence)
+            maps.append(found)
+            common.append(consistency(*views[:, :, :, 0]))
+            apart.append(hsic(views[..., 0, :], views[..., -1, :]).sum(0).mean())
+        pooled, readout = self.readout(self.fusion(x))
+        maps = [torch.stack(parts) for parts in zip(*maps, strict=True)]
+        return Output(self.decoder(pooled, sentence), torch.stack(common).mean(), torch.stack(apart).mean(), *maps, readout)
 
 
 class QuestionOnly(nn.Module):
@@ -340,51 +345,50 @@ def consistency(a, b):
 
 
 def hsic(a, b):
-    """Hilbert-Schmidt independence of two views with linear kernels, per sample.   a, b (B, N, d) -> (B,) >= 0
+    """Hilbert-Schmidt independence of two views with linear kernels, per sample.   a, b (..., N, d) -> (...) >= 0
 
     tr(R K_a R K_b), R = I - 11^T / N. Official code: sums over the batch, so its beta is ours / batch size.
     """
-    a = a - a.mean(1, keepdim=True)                                        # R K_a R from centred rows
-    return ((a @ a.mT) * (b @ b.mT)).sum((1, 2))
+    a = a - a.mean(-2, keepdim=True)                                       # R K_a R from centred rows
+    return ((a @ a.mT) * (b @ b.mT)).sum((-2, -1))
 
 
 # -- official weights ---------------------------------------------------------------------------------------------------
 
 
 def official_names(cycles, heads):
-    """{our name: official name, or the list of official names stacked along dim 0}."""
-    names = {"question.embed.weight": "linguistic_input_unit.encoder_embed.weight"}
+    """{our name: official name, a list of them stacked along dim 0, or a pair of either, one for each stream}."""
+    unit, streams = "visual_input_unit.", (("appear", "appearance", "acGCN"), ("motion", "motion", "mcGCN"))
+    names = {"question.embed.weight": "linguistic_input_unit.encoder_embed.weight",
+             "readout.project.weight": "feature_aggregation.v_proj.weight"}
     rnns = {"question.context": "linguistic_input_unit.concatRNN.rnn", "question.sentence": "linguistic_input_unit.encoder",
             "appearance": "visual_appearance_input_unit.encoder"}
     for ours, theirs in rnns.items():
         for kind in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
             names |= {f"{ours}.ahead.{kind}": f"{theirs}.{kind}", f"{ours}.back.{kind}": f"{theirs}.{kind}_reverse"}
-    linear = {"motion": "visual_motion_input_unit", "fusion.appearance": "visual_input_unit.visualfusion.linear0",
-              "fusion.motion": "visual_input_unit.visualfusion.linear1", "fusion.out": "visual_input_unit.visualfusion.linear_out",
+    linear = {"motion": "visual_motion_input_unit", "fusion.out": f"{unit}visualfusion.linear_out",
+              "fusion.streams": (f"{unit}visualfusion.linear0", f"{unit}visualfusion.linear1"),
               "readout.score": "feature_aggregation.attn", "decoder.question": "output_unit.question_proj",
               "decoder.hidden": "output_unit.classifier.1", "decoder.norm": "output_unit.classifier.3",
               "decoder.out": "output_unit.classifier.5"}
     for t in range(cycles):
-        linear |= {f"units.{t}.query.enhance": f"visual_input_unit.queryAttn.{t}.feat_enhance",
-                   f"units.{t}.query.score": f"visual_input_unit.queryAttn.{t}.fc"}
-        for i, (stream, own, common) in enumerate((("appear", "appearance_GCN", "acGCN"), ("motion", "motion_GCN", "mcGCN"))):
-            linear[f"units.{t}.punishment.{i}.query"] = f"visual_input_unit.queryPunish_{stream}.{t}.query_weight"
-            view = f"visual_input_unit.attention_{('appearance', 'motion')[i]}.{t}.project"
-            linear[f"units.{t}.fuse.{i}.enhance"] = f"{view}.0"
-            names[f"units.{t}.fuse.{i}.score.weight"] = f"{view}.2.weight"
-            for kind, theirs in (("own", own), ("common", common)):
-                per_head = [f"visual_input_unit.{theirs}.{t}.attention_{h}" for h in range(heads)]
-                for part in ("weight", "bias"):
-                    names[f"units.{t}.{kind}.{i}.project.{part}"] = [f"{head}.W.{part}" for head in per_head]
-                for part in ("receiver", "sender"):
-                    names[f"units.{t}.{kind}.{i}.{part}"] = [f"{head}.a.weight" for head in per_head]
-                names[f"units.{t}.{kind}.{i}.bias"] = [f"{head}.a.bias" for head in per_head]
+        graphs = tuple([f"{unit}{graph}.{t}.attention_{h}" for graph in (common, f"{own}_GCN") for h in range(heads)]
+                       for _, own, common in streams)
+        linear |= {f"units.{t}.query.enhance": f"{unit}queryAttn.{t}.feat_enhance", f"units.{t}.query.score": f"{unit}queryAttn.{t}.fc",
+                   f"units.{t}.punishment.query": tuple(f"{unit}queryPunish_{short}.{t}.query_weight" for short, *_ in streams),
+                   f"units.{t}.graph.project": tuple([f"{head}.W" for head in own] for own in graphs),
+                   f"units.{t}.fuse.enhance": tuple(f"{unit}attention_{own}.{t}.project.0" for _, own, _ in streams)}
+        names[f"units.{t}.fuse.score"] = tuple(f"{unit}attention_{own}.{t}.project.2.weight" for _, own, _ in streams)
+        for part, theirs in (("receiver", "weight"), ("sender", "weight"), ("bias", "bias")):
+            names[f"units.{t}.graph.{part}"] = tuple([f"{head}.a.{theirs}" for head in own] for own in graphs)
     for ours, theirs in linear.items():
-        names |= {f"{ours}.weight": f"{theirs}.weight", f"{ours}.bias": f"{theirs}.bias"}
-    names["readout.project.weight"] = "feature_aggregation.v_proj.weight"
-    for buffer in ("running_mean", "running_var", "num_batches_tracked"):
-        names[f"decoder.norm.{buffer}"] = f"output_unit.classifier.3.{buffer}"
-    return names
+        names |= {f"{ours}.{part}": each(theirs, lambda name, part=part: f"{name}.{part}") for part in ("weight", "bias")}
+    return names | {f"decoder.norm.{x}": f"output_unit.classifier.3.{x}" for x in ("running_mean", "running_var", "num_batches_tracked")}
+
+
+def each(entry, f):
+    """f of every name in a name, a list, or a pair of either."""
+    return f(entry) if isinstance(entry, str) else type(entry)(each(part, f) for part in entry)
 
 
 def from_official(state_dict):
@@ -395,8 +399,8 @@ def from_official(state_dict):
     key = "visual_input_unit.queryAttn."
     cycles = 1 + max((int(k[len(key):].split(".")[0]) for k in state_dict if k.startswith(key)), default=0)
     heads = 1 + max((int(k.split("attention_")[1].split(".")[0]) for k in state_dict if ".acGCN.0.attention_" in k), default=0)
-    names = official_names(cycles, heads)
-    wanted = {name for part in names.values() for name in (part if isinstance(part, list) else [part])}
+    names, wanted = official_names(cycles, heads), set()
+    each(tuple(names.values()), wanted.add)
     missing, unknown = sorted(wanted - state_dict.keys()), sorted(state_dict.keys() - wanted)
     if missing or unknown:
         raise ValueError(f"not an official DualVGR state dict: missing {missing[:5] or 'nothing'}, unknown {unknown[:5] or 'nothing'}")
@@ -404,14 +408,22 @@ def from_official(state_dict):
     width, features = state_dict["visual_motion_input_unit.weight"].shape
     answers = len(state_dict["output_unit.classifier.5.bias"])
     model = DualVGR(vocabulary, answers, features, width, word_width, heads, cycles)
-    ours = {}
-    for name, official in names.items():
-        parts = [state_dict[k] for k in (official if isinstance(official, list) else [official])]
-        if name.endswith((".receiver", ".sender")):         # a = [a1, a2]: first half receives, second half sends
-            half = parts[0].shape[1] // 2
-            parts = [p[:, :half] if name.endswith("receiver") else p[:, half:] for p in parts]
-        ours[name] = torch.cat(parts) if isinstance(official, list) else parts[0]
-    wrong = [f"{names[k]} {tuple(ours[k].shape)}, expected {tuple(p.shape)}" for k, p in model.state_dict().items() if ours[k].shape != p.shape]
+
+    def join(entry, half):
+        if isinstance(entry, str):                          # a = [a1, a2]: the first half receives, the second sends
+            found = state_dict[entry]
+            return found if half is None else found.chunk(2, 1)[half]
+        return (torch.cat if isinstance(entry, list) else torch.stack)([join(part, half) for part in entry])
+
+    ours, wrong = {}, []
+    for name, p in model.state_dict().items():
+        try:
+            ours[name] = join(names[name], {"receiver": 0, "sender": 1}.get(name.rpartition(".")[2]))
+            shape = tuple(ours[name].shape)
+        except RuntimeError:
+            shape = "of several shapes"
+        if shape != tuple(p.shape):
+            wrong.append(f"{names[name]} {shape}, expected {tuple(p.shape)}")
     if wrong:
         raise ValueError("misshapen keys: " + "; ".join(wrong[:5]))
     model.load_state_dict(ours)
