@@ -22,21 +22,26 @@ FIRST_SIZE = 8             # picture side after the first generator block
 # -- deep fusion (shared with DF-GAN) -------------------------------------------------------------------------------------
 
 
-def condition_mlp(condition, channels, bias):
+def condition_mlp(condition, channels, bias, hidden):
     """One of the two nets behind an affine: starts as the constant `bias`, whatever the condition."""
-    net = nn.Sequential(nn.Linear(condition, channels), nn.ReLU(), nn.Linear(channels, channels))
+    hidden = max(hidden, channels)
+    net = nn.Sequential(nn.Linear(condition, hidden), nn.ReLU(), nn.Linear(hidden, channels))
     nn.init.zeros_(net[2].weight)
     nn.init.constant_(net[2].bias, bias)
     return net
 
 
 class Affine(nn.Module):
-    """Text-conditioned scale and shift of each channel, the identity at first.   (B, Z + E) -> gamma, beta (B, C)"""
+    """Text-conditioned scale and shift of each channel, the identity at first.   (B, Z + E) -> gamma, beta (B, C)
 
-    def __init__(self, condition, channels):
+    hidden  least width of the hidden layers. Official code: as wide as the channels, 0 here; a small generator has so few
+            channels that the sentence does not fit through (README.md has the numbers)
+    """
+
+    def __init__(self, condition, channels, hidden=0):
         super().__init__()
-        self.gamma = condition_mlp(condition, channels, bias=1.0)
-        self.beta = condition_mlp(condition, channels, bias=0.0)
+        self.gamma = condition_mlp(condition, channels, 1.0, hidden)
+        self.beta = condition_mlp(condition, channels, 0.0, hidden)
 
     def forward(self, condition):
         return self.gamma(condition), self.beta(condition)
@@ -45,9 +50,9 @@ class Affine(nn.Module):
 class DFBlock(nn.Module):
     """Deep fusion: affine, LeakyReLU, affine, LeakyReLU, fused in one kernel.   x (B, C, H, W) -> the same shape"""
 
-    def __init__(self, condition, channels):
+    def __init__(self, condition, channels, hidden=0):
         super().__init__()
-        self.first, self.second = Affine(condition, channels), Affine(condition, channels)
+        self.first, self.second = Affine(condition, channels, hidden), Affine(condition, channels, hidden)
 
     def forward(self, condition, x):
         return df_block(x, *self.first(condition), *self.second(condition), slope=SLOPE)
@@ -59,23 +64,29 @@ class DFBlock(nn.Module):
 class MBlock(nn.Module):
     """Residual block of the bridge feature predictor at CLIP's grid."""
 
-    def __init__(self, condition, channels, hidden):
+    def __init__(self, condition, channels, middle, hidden=0):
         super().__init__()
-        self.conv1, self.fuse1 = nn.Conv2d(channels, hidden, 3, padding=1), DFBlock(condition, hidden)
-        self.conv2, self.fuse2 = nn.Conv2d(hidden, channels, 3, padding=1), DFBlock(condition, channels)
+        self.conv1, self.fuse1 = nn.Conv2d(channels, middle, 3, padding=1), DFBlock(condition, middle, hidden)
+        self.conv2, self.fuse2 = nn.Conv2d(middle, channels, 3, padding=1), DFBlock(condition, channels, hidden)
 
     def forward(self, condition, x):
         return x + self.fuse2(condition, self.conv2(self.fuse1(condition, self.conv1(x))))
 
 
 class BridgePredictor(nn.Module):
-    """Bridge feature predictor: an early CLIP token map out of noise and text.   -> (B, w, g, g)"""
+    """Bridge feature predictor: an early CLIP token map out of noise and text.   -> (B, w, g, g)
 
-    def __init__(self, noise, condition, clip_width, grid, channels=64, hidden=32, blocks=4):
+    canvas  spread of what the map starts from where the noise is 0, one number a channel and place. Official code: torch's
+            default, 0 here, almost nothing: a place must then be known by the noise, which is new in each picture
+    """
+
+    def __init__(self, noise, condition, clip_width, grid, channels=64, middle=32, blocks=4, hidden=0, canvas=0.0):
         super().__init__()
         self.grid = grid
         self.code = nn.Linear(noise, grid * grid * channels)
-        self.blocks = nn.ModuleList(MBlock(condition, channels, hidden) for _ in range(blocks))
+        if canvas:
+            nn.init.normal_(self.code.bias, std=canvas)
+        self.blocks = nn.ModuleList(MBlock(condition, channels, middle, hidden) for _ in range(blocks))
         self.out = nn.Conv2d(channels, clip_width, 5, padding=2)
 
     def forward(self, noise, condition):
@@ -106,11 +117,11 @@ class GBlock(nn.Module):
     1x1 shortcut run before it, on fewer pixels, with bit-identical results. Official code: resizes first.
     """
 
-    def __init__(self, condition, channels_in, channels_out, size):
+    def __init__(self, condition, channels_in, channels_out, size, hidden=0):
         super().__init__()
         self.size = size
-        self.fuse1, self.conv1 = DFBlock(condition, channels_in), nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.fuse2, self.conv2 = DFBlock(condition, channels_out), nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.fuse1, self.conv1 = DFBlock(condition, channels_in, hidden), nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.fuse2, self.conv2 = DFBlock(condition, channels_out, hidden), nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.shortcut = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, condition, x):
@@ -141,15 +152,15 @@ class Generator(nn.Module):
     """
 
     def __init__(self, clip_width, grid, patch, embed, noise=100, base=64, bridge=(64, 32, 4), prompt_layers=tuple(range(1, 9)),
-                 mapper=True, prompts=True, widest=8):
+                 mapper=True, prompts=True, widest=8, hidden=0, canvas=0.0):
         super().__init__()
         condition = noise + embed
         self.noise, self.mapper, self.prompt_layers = noise, mapper, prompt_layers if prompts else ()
-        self.bridge = BridgePredictor(noise, condition, clip_width, grid, *bridge)
+        self.bridge = BridgePredictor(noise, condition, clip_width, grid, *bridge, hidden, canvas)
         self.prompt = nn.Linear(condition, len(prompt_layers) * clip_width)
         self.sizes, channels = ladder(base, grid * patch, widest)
         self.fuse = nn.Conv2d(clip_width, channels[0], 5, padding=2)
-        self.blocks = nn.ModuleList(map(lambda a, b, s: GBlock(condition, a, b, s), channels[:-1], channels[1:], self.sizes))
+        self.blocks = nn.ModuleList(map(lambda a, b, s: GBlock(condition, a, b, s, hidden), channels[:-1], channels[1:], self.sizes))
         self.to_rgb = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def concepts(self, bridge, condition, clip):

@@ -84,7 +84,7 @@ class Painter:
     @torch.no_grad()
     def paint(self, noise, told):
         """Noise (N, Z) and sentence vectors (N, E) of `read` -> (N, 3, S, S) in [-1, 1]"""
-        parts = zip(noise.split(CHUNK), self.words.condition(told).split(CHUNK), strict=True)
+        parts = zip(noise.split(CHUNK), told.split(CHUNK), strict=True)
         return torch.cat([self.generator(z, e, self.words.clip).clamp(-1, 1) for z, e in parts])
 
     def attribute(self, pictures, sentence, word):

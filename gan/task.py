@@ -37,6 +37,7 @@ class Config:
     clip: str = ""                   # file of CLIP's weights, such as ViT-B-32.pt; empty: the small CLIP shipped here
     vocabulary: str = ""             # OpenAI's bpe_simple_vocab_16e6.txt.gz; empty: beside --clip
     objects: int = 1                 # builtin: most things in a picture, 1 to 3
+    stray: float = 0.0               # builtin: how far an object lies from the middle; 1: as far as the world has it
     full: float = 0.75               # builtin: share of captions that tell every attribute; the others leave things out
     seed: int = 0                    # random seed
     steps: int = 1500                # optimiser steps
@@ -47,6 +48,8 @@ class Config:
     base: int = 8                    # channels at the picture's side, nf (official: 64)
     widest: int = 8                  # most channels of the image generator, times base (official: 8)
     bridge: tuple = (32, 16, 2)      # bridge predictor: channels, hidden channels, blocks (official: 64, 32, 4)
+    fusion: int = 96                 # least hidden width of the text's scales and shifts (official: 0, that of their channels)
+    canvas: float = 1.0              # spread of the constant map that the noise is added to (official: 0, torch's default)
     prompt_layers: tuple = (1, 2)    # CLIP blocks, from 0, that see a prompt (official: 1 to 8)
     taps: tuple = (0, 1, 2)          # CLIP blocks, from 0, whose output the critic sees (official: 1, 4, 8)
     channels: int = 64               # of the critic's features (official: 512)
@@ -59,7 +62,6 @@ class Config:
     penalty_form: str = "code"       # code: one norm of both gradients; paper: the sum of two norms
     ema: float = 0.995               # decay of the averaged generator that draws and is judged (official: none, 0)
     critic: str = "clip"             # clip: the paper's; plain: DF-GAN's on pixels
-    whiten: bool = True              # generator and critic see decorrelated sentence vectors (official: CLIP's own)
     mapper: bool = True              # frozen CLIP inside the generator
     prompts: bool = True             # prompts inside the mapper
     compat: bool = False             # show CLIP pictures as the official code does: nearest, squeezed into [0.5, 1]
@@ -73,6 +75,8 @@ class Config:
             raise ValueError(f"--batch={self.batch}: a mismatched pair needs another sentence, so at least 2 pictures")
         if not 1 <= self.objects <= 3:
             raise ValueError(f"--objects={self.objects} must be 1, 2 or 3")
+        if self.objects > 1 and self.stray != 1:
+            raise ValueError(f"--objects={self.objects} keep apart only where the world puts them: add --stray=1")
 
 
 def paper(name):
@@ -82,8 +86,8 @@ def paper(name):
         raise ValueError(f"--paper={name} is unknown; there are {', '.join(pictures)}")
     epoch = max(1, pictures[name] // 512)                     # about 1000 epochs for coco, by the author's word
     return {"data": name, "steps": 1000 * epoch, "eval_every": 10 * epoch, "batch": 512, "noise": 100, "base": 64, "widest": 8,
-            "bridge": (64, 32, 4), "prompt_layers": tuple(range(1, 9)), "taps": (1, 4, 8), "channels": 512, "hidden": 128,
-            "gates": 0.0, "whiten": False, "lr_g": 1e-4, "lr_d": 4e-4, "ema": 0.0}
+            "bridge": (64, 32, 4), "fusion": 0, "canvas": 0.0, "prompt_layers": tuple(range(1, 9)), "taps": (1, 4, 8), "channels": 512, "hidden": 128,
+            "gates": 0.0, "lr_g": 1e-4, "lr_d": 4e-4, "ema": 0.0}
 
 
 def candidates(texts):
@@ -98,7 +102,7 @@ def networks(cfg, clip):
         if not getattr(cfg, name) or max(getattr(cfg, name)) >= depth:
             raise ValueError(f"--{name}={getattr(cfg, name)}: this CLIP has blocks 0 to {depth - 1}, name at least one")
     painter = Generator(clip.width, clip.grid, clip.visual.patch, clip.embed, cfg.noise, cfg.base, cfg.bridge, cfg.prompt_layers,
-                        cfg.mapper, cfg.prompts, cfg.widest)
+                        cfg.mapper, cfg.prompts, cfg.widest, cfg.fusion, cfg.canvas)
     if cfg.critic == "plain":
         return painter, PlainCritic(clip.size, clip.embed, cfg.base, cfg.gates)
     return painter, Critic(clip.width, clip.grid, clip.embed, cfg.taps, cfg.channels, cfg.hidden, cfg.gates)
@@ -112,7 +116,7 @@ class Task:
     ablations = {
         "full": {}, "plain discriminator": {"critic": "plain"}, "w/o mapper": {"mapper": False}, "w/o prompts": {"prompts": False},
         "w/o CLIP loss": {"clip_weight": 0.0}, "first tap only": {"taps": (0,)}, "deepest tap only": {"taps": (3,)},
-        "raw sentence vectors": {"whiten": False}, "open gates": {"gates": 1.0}, "w/o penalty": {"penalty": 0.0},
+        "open gates": {"gates": 1.0}, "w/o penalty": {"penalty": 0.0},
         "DF-GAN": {"critic": "plain", "mapper": False, "clip_weight": 0.0},
     }
 
@@ -152,11 +156,18 @@ class Task:
         data, cfg = self.data["train"], self.cfg
         for t in range(start, stop):
             rows, draw = batch_rows(len(data), cfg.batch, seed, t), seed_from(seed, t)
-            texts = data.sentences(rows, draw)
             if self.builtin:
-                told = round(cfg.full * cfg.batch)
-                texts[:told] = world.captions(world.scenes(rows[:told], objects=(1, cfg.objects)))
-            yield data.images(parallel.shard(rows), draw).to(self.device), texts
+                scene, told = self.scenes(rows), round(cfg.full * cfg.batch)
+                texts = world.captions(world.pick(scene, slice(told))) + world.captions(world.pick(scene, slice(told, None)), 1 + t % 9)
+                pictures = world.render({name: parallel.shard(of) for name, of in scene.items()}, data.size)[0]
+            else:
+                texts, pictures = data.sentences(rows, draw), data.images(parallel.shard(rows), draw)
+            yield pictures.to(self.device), texts
+
+    def scenes(self, rows, split="train"):
+        """Scenes of the built-in world. The object is moved to the middle (official code: cuts birds around their box)."""
+        scene = world.scenes(rows, split=split, objects=(1, self.cfg.objects))
+        return scene | {"centre": scene["centre"] * self.cfg.stray}
 
     def prepare(self, pictures):
         """Pictures in [-1, 1] as CLIP wants them."""
@@ -169,13 +180,8 @@ class Task:
         cfg, clip = self.cfg, self.clip
         if step == 0 and self.words.fitted:
             fit(self.words, self.data["train"], cfg.words_steps, cfg.seed)
-        if step == 0 and cfg.whiten:
-            rows = list(range(min(2048, len(self.data["train"]))))
-            full = world.captions(world.scenes(rows, objects=(1, cfg.objects))) if self.builtin else []
-            self.words.whiten(self.data["train"].sentences(rows) + full)
         pictures, texts = batch
         told = self.words(texts)                                                        # (global B, E)
-        target, told = parallel.shard(told), self.words.condition(told)
         sentence, wrong = parallel.shard(told), parallel.shard(told.roll(-1, 0))        # picture i with sentence i + 1
         noise = parallel.shard(torch.randn(cfg.batch, cfg.noise, device=self.device))
 
@@ -197,7 +203,7 @@ class Task:
         # generator: fool the critic, and agree with CLIP about the sentence; the same fakes, no second forward pass
         self.critic.requires_grad_(False)
         g_loss = -self.critic.score(seen, sentence).mean()
-        similarity = clip_similarity(embedding, target) if cfg.clip_weight else g_loss.new_zeros(())
+        similarity = clip_similarity(embedding, sentence) if cfg.clip_weight else g_loss.new_zeros(())
         parallel.descend(self.g_optimiser, g_loss - cfg.clip_weight * similarity)
         self.critic.requires_grad_(True)
         self.follow(step)
@@ -215,7 +221,7 @@ class Task:
     def paint(self, texts, seed=0, strict=False):
         """One picture a sentence, in [-1, 1]; noise from the seed.   -> (N, 3, S, S)"""
         noise = torch.randn(len(texts), self.cfg.noise, generator=generator(seed)).to(self.device)
-        told, parts = self.words.condition(self.words(texts, strict)), []
+        told, parts = self.words(texts, strict), []
         for z, e in zip(noise.split(CHUNK), told.split(CHUNK), strict=True):
             parts.append(self.average(z, e, self.clip).clamp(-1, 1).float())
         return torch.cat(parts)
@@ -226,7 +232,7 @@ class Task:
             data = self.data[split]
             rows = list(range(min(count, len(data))))
             return data.sentences(rows), data.images(rows), None
-        scene = world.scenes(range(count), split=split, objects=(1, self.cfg.objects))
+        scene = self.scenes(range(count), split)
         return world.captions(scene), world.render(scene, self.clip.size)[0], scene
 
     def evaluate(self, split):
@@ -269,8 +275,7 @@ class Task:
     def others(self, split, count):
         """Real pictures that no judged sentence belongs to: later rows of the world's split; elsewhere, training pictures."""
         if self.builtin:
-            scene = world.scenes(range(count, 2 * count), split=split, objects=(1, self.cfg.objects))
-            return world.render(scene, self.clip.size)[0]
+            return world.render(self.scenes(range(count, 2 * count), split), self.clip.size)[0]
         return self.data["train"].images(batch_rows(len(self.data["train"]), count, 0, 0))
 
     def rivals(self):

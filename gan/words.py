@@ -23,7 +23,6 @@ class Sentences:
 
     def __init__(self, path="", vocabulary=""):
         self.fitted = False                                     # True once the weights are no longer those of a file
-        self.mean = self.scale = None                           # of `whiten`
         if path:
             self.clip = clips.load(path)
             merges = read_merges(vocabulary or Path(path).with_name(VOCABULARY))
@@ -34,8 +33,6 @@ class Sentences:
     def to(self, device):
         self.clip.to(device)
         self.device = device
-        if self.scale is not None:
-            self.mean, self.scale = self.mean.to(device), self.scale.to(device)
         return self
 
     def adopt(self, words):
@@ -60,30 +57,13 @@ class Sentences:
     def __call__(self, texts, strict=False):
         return self.clip.encode_text(self.ids(texts, strict))[0]
 
-    def whiten(self, texts, least=0.01):
-        """Learn a shift and a symmetric map that make the vectors of `texts` uncorrelated, of unit variance (ours).
-
-        CLIP's sentence vectors point in nearly one direction, and a small network needs long to tell them apart. Directions of
-        variance far below `least` (of the mean squared entry) are not blown up.
-        """
-        told = torch.cat([self(texts[i : i + 256]) for i in range(0, len(texts), 256)]).double()
-        self.mean, size = told.mean(0).float(), told.square().mean()
-        values, vectors = torch.linalg.eigh(torch.cov(told.T, correction=0))
-        self.scale = (vectors * (values.clamp(min=0) + least * size).rsqrt() @ vectors.T).float()
-
-    def condition(self, told):
-        """What generator and critic are told: the vectors as they are, or whitened.   (B, E) -> (B, E)"""
-        return told if self.scale is None else (told - self.mean) @ self.scale
-
     def state_dict(self):
         """What a checkpoint must hold to read sentences again: the file's hash, or the weights if they are its own."""
-        own = {} if self.scale is None else {"mean": self.mean, "scale": self.scale}
         if not self.fitted:
-            return {"sha256": self.clip.sha256} | own
-        return {"words": self.tokeniser.words, "weights": self.clip.state_dict()} | own
+            return {"sha256": self.clip.sha256}
+        return {"words": self.tokeniser.words, "weights": self.clip.state_dict()}
 
     def load_state_dict(self, state):
-        self.mean, self.scale = state.get("mean"), state.get("scale")
         if "words" in state:
             self.adopt(state["words"])
             self.clip.load_state_dict(state["weights"])
