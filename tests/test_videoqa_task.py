@@ -11,6 +11,7 @@ import train
 from data import clip as clips
 from data import quiz
 from data.metrics import roc_auc
+from data.videos import load_questions
 from videoqa import answer, explain
 from videoqa.features import cached, digest, extract, flow, looked
 from videoqa.model import QuestionOnly
@@ -323,4 +324,22 @@ def test_the_loss_without_a_clip_is_what_replacing_it_costs(cache):
 def test_real_clips_go_from_frames_to_a_training_step(cache, shared):
     t = task(cache, data="video_clips", root=str(shared / "video_clips"), eval_every=1, steps=1)
     assert len(t.parts["test"].answers) == 194 and t.parts["test"].appearance.shape[:3] == (11, 8, 2)
+    assert torch.isfinite(t.update(next(t.batches(0, 0, 1)), 100)["answer"])
+
+
+@pytest.mark.parametrize("name, kind, questions", [
+    ("msvd", "frameqa", 6415), *(pytest.param("tgif", *x, marks=pytest.mark.slow) for x in (("frameqa", 13691), ("count", 3554)))])
+def test_real_question_files_train_on_feature_files(shared, tmp_path, name, kind, questions):
+    """Real text, vocabularies and ids to a step; nobody may hand out the videos, so that the features are noise of HCRN's layout."""
+    root = tmp_path / "set"
+    root.mkdir()
+    for file in (shared / f"{name}_qa").iterdir():
+        (root / file.name).symlink_to(file)
+    if name == "msvd":
+        (root / "test_qa.json").symlink_to(root / "val_qa.json")                          # its test file is not at hand
+    ids = np.array(sorted({q.number for part in ("train", "valid", "test") for q in load_questions(name, root, part, kind=kind)}))
+    noise = np.random.default_rng(0).normal(size=(len(ids), 8, 3, 6)).astype(np.float16)
+    np.savez(tmp_path / "noise.npz", ids=ids, appearance=noise[:, :, :2], motion=noise[:, :, 2])
+    t = task("", data=name, root=str(root), kind=kind, features=(str(tmp_path / "noise.npz"),), per_video=1)
+    assert len(t.parts["test"].answers) == questions and len(t.words.tables["answer"]) > 10
     assert torch.isfinite(t.update(next(t.batches(0, 0, 1)), 100)["answer"])
