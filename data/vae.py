@@ -1,7 +1,7 @@
-"""Pictures <-> latents: Stable Diffusion's autoencoder in the diffusers layout, and an exact stand-in for small pictures.
+"""Pictures <-> latents: Stable Diffusion's autoencoder in the diffusers layout, and a linear stand-in for small pictures.
 
     encode   (B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8), unit variance          decode   the way back
-    `Unshuffle` has the same two calls and loses nothing: blocks of pixels become channels (the built-in data's default).
+    `Components` has the same two calls and is fitted in a second: principal components of blocks of pixels.
 """
 import torch
 from torch import nn
@@ -148,18 +148,32 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z / LATENT_SCALE))
 
 
-class Unshuffle(nn.Module):
-    """Stand-in for the autoencoder at small sizes: blocks of pixels become channels, exactly invertible, no weights."""
+class Components(nn.Module):
+    """The best linear autoencoder: blocks of pixels as their first principal components, each of unit variance.
 
-    def __init__(self, block=2):
+    pictures (N, 3, H, W) to fit it to: it stands in where no published autoencoder is at hand.   raises ValueError
+    Unit variance is what diffusion wants, and it makes detail as loud as background: most blocks hold no object, so
+    all components but the first few are about objects.
+    """
+
+    def __init__(self, pictures, block=8, channels=32):
         super().__init__()
+        if channels > 3 * block**2:
+            raise ValueError(f"a block of {block} x {block} pixels has {3 * block**2} numbers, so no {channels} components")
         self.block = block
+        x = F.pixel_unshuffle(pictures, block).transpose(0, 1).flatten(1).double()           # (3 block^2, blocks)
+        variance, basis = torch.linalg.eigh(torch.cov(x))                                  # smallest first
+        self.register_buffer("mean", x.mean(1).float())
+        self.register_buffer("basis", basis.flip(1)[:, :channels].float())
+        self.register_buffer("scale", variance.flip(0)[:channels].clamp(min=1e-6).sqrt().float())
 
     def encode(self, image, sample=False):
-        return F.pixel_unshuffle(image, self.block)
+        x = F.pixel_unshuffle(image, self.block).movedim(1, -1) - self.mean
+        return (x @ self.basis / self.scale).movedim(-1, 1)
 
     def decode(self, z):
-        return F.pixel_shuffle(z, self.block)
+        x = (z.movedim(1, -1) * self.scale) @ self.basis.T + self.mean
+        return F.pixel_shuffle(x.movedim(-1, 1), self.block)
 
 
 def from_official(state_dict, groups=32):

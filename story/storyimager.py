@@ -108,7 +108,7 @@ class Story(NamedTuple):
     """What frame-story cross-attention reads."""
 
     words: torch.Tensor       # (B, F, L, D), in the order of the board's cells, row by row
-    context: torch.Tensor     # (B, K, D), global context G
+    context: torch.Tensor     # (B, K, D), global context G; PanelAttention does not read it
     cells: tuple              # rows, cols of the board
 
 
@@ -153,6 +153,21 @@ class FrameStoryAttention(CrossAttention):
         return self.to_out[0](y) + self.frame["o"](y)
 
 
+class PanelAttention(CrossAttention):
+    """Plain cross-attention, cell by cell: frame-story attention before its LoRA and its gate have learnt anything."""
+
+    def forward(self, x, story, size):
+        rows, cols = story.cells
+        cells = x.unflatten(1, (rows, size[0] // rows, cols, size[1] // cols)).transpose(2, 3)         # (B, r, c, h, w, C)
+        y = super().forward(cells.flatten(3, 4).flatten(0, 2), story.words.flatten(0, 1), size)
+        return y.view_as(cells).transpose(2, 3).flatten(1, 4)
+
+
+def draw_panels(unet, board, z, t, words):
+    """Output of a UNet with PanelAttention: panels on one board, each with a caption.   z (B, F, c, h, w) -> the same"""
+    return board.cut(unet(board.tile(z), t, Story(words[:, board.frames()], None, (board.rows, board.cols))))
+
+
 # -- contextual feature extractor (Fig. 4) ------------------------------------------------------------------------------------
 
 
@@ -195,20 +210,17 @@ class ContextExtractor(nn.Module):
 # -- diffusion ------------------------------------------------------------------------------------------------------------------
 
 
-def alpha_bars(steps=1000, start=0.00085, end=0.012, zero=False, shift=1.0):
+def alpha_bars(steps=1000, start=0.00085, end=0.012, zero=False):
     """Stable Diffusion's "scaled linear" schedule: beta from start to end, linear in its root.   -> (steps,) float64
 
     zero   stretch the roots so that the last step holds no signal (Lin et al. 2024, "Common diffusion noise schedules
-           and sample steps are flawed"). Pixels need it: the mean of a frame survives the published last step, and a
-           model that reads the background there cannot draw one from pure noise
-    shift  divide the signal-to-noise ratio by shift^2 (Hoogeboom et al. 2023, "simple diffusion"): neighbouring pixels
-           say the same, so at the published noise levels most of a frame is still visible and its words teach nothing
+           and sample steps are flawed"): on the published one the mean of a frame survives the last step, and a model
+           that reads the background there cannot draw one from pure noise
     """
     root = (1 - torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()).cumprod(0).sqrt()
     if zero:
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    alpha_bar = root.square()
-    return alpha_bar / (alpha_bar + shift**2 * (1 - alpha_bar))
+    return root.square()
 
 
 def targets(z0, noise, alpha_bar, predict):
@@ -217,18 +229,12 @@ def targets(z0, noise, alpha_bar, predict):
     return {"noise": noise, "v": v, "picture": z0}[predict]
 
 
-def estimates(output, z, alpha_bar, predict, clip=False):
-    """The network's output as an estimate of the picture and of the noise in z.   -> z0, noise
-
-    clip   keep the picture in [-1, 1] (pixels only)
-    """
+def estimates(output, z, alpha_bar, predict):
+    """The network's output as an estimate of the picture and of the noise in z.   -> z0, noise"""
     a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if predict == "noise":
-        z0 = (z - s * output) / a
-    else:
-        z0 = output if predict == "picture" else a * z - s * output
-    z0 = z0.clamp(-1, 1) if clip else z0
-    return z0, (output if predict == "noise" and not clip else (z - a * z0) / s)
+        return (z - s * output) / a, output
+    return (output, (z - a * output) / s) if predict == "picture" else (a * z - s * output, s * z + a * output)
 
 
 def ddim_step(z0, noise, alpha_bar, alpha_bar_next, eta=0.0, fresh=None):
@@ -251,19 +257,15 @@ def sampling_times(steps, total=1000, trailing=False):
 class StoryImager(nn.Module):
     """The storyboard model around a UNet and a Context-FE; the text encoder and the autoencoder stay outside, frozen.
 
-    zero, shift, clip  schedule of `alpha_bars`; pictures stay in [-1, 1] (for pixels)
+    predict            "noise" (Stable Diffusion); "v" or "picture" on a schedule whose last step holds no signal
     independent=True   folds the cells into the batch before anything else: frames that never see each other (the rival)
     """
 
-    def __init__(self, unet, extractor, board=Board(), predict="noise", independent=False, zero=False, shift=1.0,  # noqa: B008
-                 clip=False):
+    def __init__(self, unet, extractor, board=Board(), predict="noise", independent=False):  # noqa: B008
         super().__init__()
-        if predict not in ("noise", "v", "picture") or zero and predict == "noise":
-            raise ValueError(f"the network cannot predict {predict!r}: choose noise, v or picture, and not noise on a schedule "
-                             "whose last step holds nothing else")
         self.unet, self.extractor = unet, extractor
-        self.board, self.predict, self.independent, self.zero, self.clip = board, predict, independent, zero, clip
-        self.register_buffer("alpha_bar", alpha_bars(zero=zero, shift=shift).float(), persistent=False)
+        self.board, self.predict, self.independent = board, predict, independent
+        self.register_buffer("alpha_bar", alpha_bars(zero=predict != "noise").float(), persistent=False)
 
     def denoise(self, z, t, words, keep, mask):
         """Network output for noisy cells.   z (B, F, c, h, w), t (B,) -> (B, F, c, h, w)"""
@@ -296,7 +298,7 @@ class StoryImager(nn.Module):
         """
         m = mask[:, :, None, None, None]
         draw = functools.partial(torch.randn, z0.shape, generator=generator, device=z0.device)
-        z, times = draw(), sampling_times(steps, len(self.alpha_bar), self.zero)
+        z, times = draw(), sampling_times(steps, len(self.alpha_bar), self.predict != "noise")
         for i, time in enumerate(times):
             a = self.alpha_bar[time]
             a_next = self.alpha_bar[times[i + 1]] if i + 1 < len(times) else self.alpha_bar[0]
@@ -305,11 +307,11 @@ class StoryImager(nn.Module):
             if empty is not None and guidance != 1:
                 # Mixing outputs mixes their noise estimates: noise, v and picture are linear in each other at a given z.
                 out = torch.lerp(self.denoise(z_in, t, *empty, mask), out, guidance)
-            picture, noise = estimates(out, z_in, a, self.predict, self.clip)
+            picture, noise = estimates(out, z_in, a, self.predict)
             z = ddim_step(picture, noise, a, a_next, eta, draw() if eta else None)
             if seen is not None:
                 seen.append(torch.where(m > 0, picture, z0))
-        return torch.where(m > 0, picture if self.clip else z, z0)
+        return torch.where(m > 0, z, z0)
 
 
 def past_only(z0, words, keep, empty, frame):

@@ -1,12 +1,12 @@
-"""Training and judging StoryImager and its rivals: stage 1 draws single frames, stage 2 whole stories.
+"""Training and judging StoryImager and its rivals: stage 1 draws panels, stage 2 stories.
 
     python train.py storyimager                                                   # stories of the built-in world
     python train.py storyimager --data=codraw --root=FOLDER --length=48           # real stories
     python train.py storyimager --paper=sd --sd=FOLDER --data=pororo --root=DIR   # Stable Diffusion 1.5 as stage 1
     python train.py storyimager --ablate --seeds=3                                # every switch and every rival
 
-Stage 1 stands for the pre-trained text-to-image model that the paper starts from: the same UNet on single frames, with its
-text encoder. Stage 2 freezes both and trains what the paper adds: LoRA, frame-story attention, Context-FE.
+Stage 1 stands for the pre-trained text-to-image model that the paper starts from, which can draw panels: the same UNet with its
+text encoder, on frames that are told completely. Stage 2 freezes both and trains what the paper adds: LoRA, frame-story attention, Context-FE.
 """
 import copy
 import math
@@ -23,15 +23,17 @@ from data import parallel, stories, views
 from data.batches import batch_rows, generator, seed_from
 from data.pictures import gif, panels
 from data.reader import reader
-from data.vae import Unshuffle
+from data.vae import Components
 from data.vae import from_official as vae_from_official
 from data.weights import load_checkpoint, read_state
 from story.judge import chance, distances, judge
 from story.storyimager import (
     Board,
     ContextExtractor,
+    PanelAttention,
     StoryImager,
     draw_masks,
+    draw_panels,
     freeze_base,
     load_base,
     masks_of,
@@ -40,7 +42,7 @@ from story.storyimager import (
     targets,
     tuned_unet,
 )
-from story.unet import UNet
+from story.unet import SelfAttention, UNet
 from story.words import Published, encoder
 
 TASKS = ("visualise", "continue", "complete")
@@ -55,19 +57,20 @@ class Config:
     sd: str = ""                     # folder of Stable Diffusion 1.5 in the diffusers layout: it replaces stage 1
     base: str = ""                   # checkpoint of a run whose stage 1 (text encoder and UNet) is taken over
     seed: int = 0                    # random seed
-    steps: int = 1950                # optimiser steps of both stages
-    base_steps: int = 450            # of these, steps of stage 1; 0 without --base or --sd: stage 2 from scratch
-    anneal: int = 1500               # steps of stage 2 over which its step size falls to a tenth (cosine)
-    eval_every: int = 300            # steps between evaluations
+    steps: int = 2300                # optimiser steps of both stages
+    base_steps: int = 1000           # of these, steps of stage 1; 0 without --base or --sd: stage 2 from scratch
+    anneal: int = 1300               # steps of stage 2 over which its step size falls to a tenth (cosine)
+    eval_every: int = 400            # steps between evaluations
     patience: int = 0                # evaluations without improvement before stopping; 0: never
-    batch: int = 16                  # stories in a step (stage 1: all their frames)
-    size: int = 48                   # pixels of a frame's side
-    patch: int = 6                   # block of pixels that becomes the channels of a latent pixel
+    batch: int = 8                   # stories in a step
+    size: int = 64                   # pixels of a frame's side
+    patch: int = 8                   # block of pixels that becomes a latent pixel (SD: its autoencoder, 8)
+    channels: int = 32               # principal components of a block that become its channels (SD: 4)
     frames: int = 4                  # builtin: frames of a story
     rows: int = 2                    # rows of the board
     order: str = "column"            # frames run down the columns (Fig. 2), or row by row
     widths: tuple = (48, 96)         # channels of the UNet's levels (SD: 320, 640, 1280, 1280)
-    attention: tuple = (False, True) # which levels have attention (SD: all but the coarsest)
+    attention: tuple = (True, True)  # which levels have attention (SD: all but the coarsest)
     resnets: int = 1                 # resnets a level (SD: 2)
     heads: int = 4                   # attention heads at every width (SD: 8)
     groups: int = 8                  # groups of the norms (SD: 32)
@@ -87,15 +90,14 @@ class Config:
     tasks: tuple = TASKS             # tasks whose masks are trained
     independent: bool = False        # rival: frames that never see each other
     autoregressive: bool = False     # rival: frame by frame, each from the frames and sentences before it
-    predict: str = "picture"         # the network predicts noise (SD), v or the picture
-    shift: float = 1.0               # noise schedule: signal-to-noise ratio divided by its square, above 1 for more noise
-    lr_base: float = 2e-3            # AdamW step size of stage 1
+    predict: str = "picture"         # the network predicts noise (SD), v or the picture (both: a schedule that ends in pure noise)
+    lr_base: float = 1.5e-3          # AdamW step size of stage 1
     lr: float = 2e-3                 # AdamW step size of stage 2 (at SD's size: 1e-4)
     ema: float = 0.99                # decay of the averaged weights that draw and are judged
     drop: float = 0.1                # share of stories without captions, for guidance
     drop_one: float = 0.05           # share of captions dropped alone: an empty sentence is left to the context
     own: float = 0.25                # builtin, stage 1: share of frames with the story's sentence, not the complete caption
-    sampler: int = 20                # DDIM steps
+    sampler: int = 10                # DDIM steps
     guidance: float = 1.0            # classifier-free guidance when judging
     judged: tuple = (32, 128)        # stories judged for validation and for test
 
@@ -107,7 +109,7 @@ class Config:
                 raise ValueError(f"--{name}={getattr(self, name)} is unknown; choose {', '.join(known)}")
         if unknown := set(self.tasks) - set(TASKS):
             raise ValueError(f"--tasks={','.join(self.tasks)}: {', '.join(sorted(unknown))} is unknown; choose from {', '.join(TASKS)}")
-        if not self.sd and self.size % (self.patch * 2 ** (len(self.widths) - 1)):
+        if self.size % (self.patch * 2 ** (len(self.widths) - 1)):
             raise ValueError(f"--size={self.size} must be a multiple of patch x 2^(levels - 1) = {self.patch * 2 ** (len(self.widths) - 1)}")
         if (self.sd or self.base) and self.base_steps:
             raise ValueError("--sd and --base bring stage 1 with them; add --base_steps=0")
@@ -117,8 +119,8 @@ def paper(name):
     """Sizes of Stable Diffusion 1.5 as overrides, frames of 256 px on a board of 512; the rest UNVERIFIED, ours."""
     if name != "sd":
         raise ValueError(f"--paper={name} is unknown; there is sd")
-    return {"size": 256, "widths": (320, 640, 1280, 1280), "attention": (True, True, True, False), "resnets": 2, "heads": 8,
-            "groups": 32, "width": 768, "length": 77, "depth": 2, "predict": "noise", "shift": 1.0, "lr": 1e-4, "ema": 0.999, "base_steps": 0,
+    return {"size": 256, "channels": 4, "widths": (320, 640, 1280, 1280), "attention": (True, True, True, False), "resnets": 2, "heads": 8,
+            "groups": 32, "width": 768, "length": 77, "depth": 2, "predict": "noise", "lr": 1e-4, "ema": 0.999, "base_steps": 0,
             "steps": 20_000, "anneal": 20_000, "eval_every": 2000, "sampler": 50, "guidance": 6.0}
 
 
@@ -158,21 +160,22 @@ class Task:
     def build(self):
         """Networks and optimisers. `base` and `story.unet` share the weights that Stable Diffusion has a name for."""
         cfg = self.cfg
-        channels = 4 if cfg.sd else 3 * cfg.patch**2
-        sizes = {"channels": channels, "widths": cfg.widths, "attention": cfg.attention, "resnets": cfg.resnets, "heads": cfg.heads,
+        sizes = {"channels": cfg.channels, "widths": cfg.widths, "attention": cfg.attention, "resnets": cfg.resnets, "heads": cfg.heads,
                  "context": cfg.width, "groups": cfg.groups}
-        side = cfg.size // (8 if cfg.sd else cfg.patch)
-        extractor = ContextExtractor(cfg.width, self.cells, (channels, side, side), cfg.tokens, cfg.depth, cfg.text_heads, cfg.prior)
+        cell = cfg.channels, cfg.size // cfg.patch, cfg.size // cfg.patch
+        extractor = ContextExtractor(cfg.width, self.cells, cell, cfg.tokens, cfg.depth, cfg.text_heads, cfg.prior)
         unet = tuned_unet(cfg.rank, cfg.alpha, cfg.mode, cfg.lora_out, cfg.lora_self, **sizes)
-        self.base = share(UNet(**sizes), unet).to(self.device)                # stage 1 pays for no LoRA
-        story = StoryImager(unet, extractor, self.board, cfg.predict, cfg.independent, not cfg.sd, cfg.shift, clip=not cfg.sd)
+        self.base = share(UNet(**sizes, kinds=(SelfAttention, PanelAttention)), unet).to(self.device)                # stage 1 pays for no LoRA
+        story = StoryImager(unet, extractor, self.board, cfg.predict, cfg.independent)
         if cfg.sd:
-            self.vae = vae_from_official(read_state(part_of(cfg.sd, "vae"))[0]).eval().requires_grad_(False).to(self.device)
+            vae = vae_from_official(read_state(part_of(cfg.sd, "vae"))[0]).eval().requires_grad_(False)
             load_base(unet, read_state(part_of(cfg.sd, "unet"))[0])
             words = Published(cfg.sd)
         else:
-            self.vae, words = Unshuffle(cfg.patch), encoder(self.data["train"], cfg)
-        self.net = nn.ModuleDict({"words": words, "story": story}).to(self.device)
+            words = encoder(self.data["train"], cfg)
+            some = self.data["train"].frames(range(min(256, len(self.data["train"]))))
+            vae = Components(some.flatten(0, 1), cfg.patch, cfg.channels)
+        self.net = nn.ModuleDict({"vae": vae, "words": words, "story": story}).to(self.device)
         if cfg.base:
             self.take_over(cfg.base)
         self.average = copy.deepcopy(self.net).requires_grad_(False)          # draws and is judged
@@ -206,12 +209,13 @@ class Task:
                 module.gate.requires_grad_(False)
 
     def take_over(self, path):
-        """Stage 1 of another run: its averaged text encoder and UNet.   raises ValueError where it does not fit"""
+        """Stage 1 of another run: its autoencoder, averaged text encoder and UNet.   raises ValueError where it does not fit"""
         state = load_checkpoint(path)["state"].get("average", {})
-        words = {k.removeprefix("words."): v for k, v in state.items() if k.startswith("words.")}
+        vae, words = ({k.removeprefix(part): v for k, v in state.items() if k.startswith(part)} for part in ("vae.", "words."))
         ours = set(self.base.state_dict())
         unet = {k.removeprefix("story.unet."): v for k, v in state.items() if k.removeprefix("story.unet.") in ours}
         try:
+            self.net["vae"].load_state_dict(vae)
             self.net["words"].load_state_dict(words)
             self.base.load_state_dict(unet)
         except RuntimeError as error:
@@ -228,13 +232,13 @@ class Task:
 
         (B, F, 3, H, W) -> (B, cells, c, h, w)
         """
-        z = self.vae.encode(frames.flatten(0, 1).to(self.device), sample).unflatten(0, frames.shape[:2])
-        return F.pad(z, (0, 0, 0, 0, 0, 0, 0, self.cells - frames.shape[1]))
+        z = self.average["vae"].encode(frames.flatten(0, 1).to(self.device), sample).unflatten(0, frames.shape[:2])
+        return F.pad(z, (0, 0, 0, 0, 0, 0, 0, self.cells - self.frames))
 
     def pictures(self, z):
         """The way back, blank cells dropped.   (B, cells, c, h, w) -> (B, F, 3, H, W) in [-1, 1]"""
         z = z[:, : self.frames]
-        return self.vae.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2]).clamp(-1, 1)
+        return self.average["vae"].decode(z.flatten(0, 1)).unflatten(0, z.shape[:2]).clamp(-1, 1)
 
     def read(self, told, net=None):
         """B lists of F sentences -> words (B, cells, L, D), keep (B, cells, L)"""
@@ -263,10 +267,10 @@ class Task:
         if step == cfg.base_steps and step:                                    # stage 2 starts from the averaged weights
             self.net.load_state_dict(self.average.state_dict())
         self.enter(stage)
-        loss = self.frame_loss(rows, seed) if stage == 1 else self.story_loss(rows, seed)
+        loss = self.frame_loss(rows, seed, alone=step % 4 == 0) if stage == 1 else self.story_loss(rows, seed)
         optimiser = self.base_optimiser if stage == 1 else self.optimiser
         at = step if stage == 1 else step - cfg.base_steps
-        fall = 1.0 if stage == 1 else 0.55 + 0.45 * math.cos(math.pi * min(1.0, at / cfg.anneal))
+        fall = 0.55 + 0.45 * math.cos(math.pi * min(1.0, at / (cfg.base_steps if stage == 1 else cfg.anneal)))
         for group in optimiser.param_groups:
             group["lr"] = (cfg.lr_base if stage == 1 else cfg.lr) * min(1.0, (at + 1) / 50) * fall * group.get("scale", 1.0)
         parallel.descend(optimiser, loss, clip=1.0)
@@ -275,12 +279,12 @@ class Task:
         torch._foreach_lerp_([mean for mean, _ in pairs], [p.detach() for _, p in pairs], 1 - decay)
         return {"frame loss" if stage == 1 else "story loss": loss.detach()}
 
-    def frame_loss(self, rows, seed):
-        """Stage 1: denoise single frames from complete captions, some from the story's own sentence."""
+    def frame_loss(self, rows, seed, alone):
+        """Stage 1: denoise frames, alone or as panels of one board, from complete captions, some from the story's own sentence."""
         cfg, story, batch = self.cfg, self.net["story"], len(rows)
         # Every rank draws the numbers of the whole batch and keeps its own.
         t = torch.randint(len(story.alpha_bar), (batch, self.frames), device=self.device)
-        noise = torch.randn(batch, self.frames, *story.extractor.cell, device=self.device)
+        noise = torch.randn(batch, self.cells, *story.extractor.cell, device=self.device)
         own, drop = torch.rand(2, batch, self.frames)
         t, noise, own, drop, mine = (parallel.shard(x) for x in (t, noise, own, drop, rows.tolist()))
         data = self.data["train"]
@@ -288,13 +292,17 @@ class Task:
         told = []
         for row, mine_own, mine_drop in zip(mine, own.tolist(), drop.tolist(), strict=True):
             sentences = zip(data.captions[row], whole[row] if whole else data.captions[row], mine_own, mine_drop, strict=True)
-            told += ["" if d < cfg.drop else plain if o < cfg.own else full for plain, full, o, d in sentences]
-        z0 = self.latents(data.frames(mine, seed), sample=True)[:, : self.frames].flatten(0, 1)
-        a = story.alpha_bar[t.flatten()].view(-1, 1, 1, 1)
-        noise = noise.flatten(0, 1)
+            told.append(["" if d < cfg.drop else plain if o < cfg.own else full for plain, full, o, d in sentences])
+        z0, words = self.latents(data.frames(mine, seed), sample=True), self.read(told)[0]
+        t = t if alone else t[:, :1].expand_as(t)                              # one for a board
+        a = F.pad(story.alpha_bar[t], (0, self.cells - self.frames), value=1.0)[..., None, None, None]
         z = a.sqrt() * z0 + (1 - a).sqrt() * noise
-        out = self.base(z, t.flatten(), self.net["words"](told)[0])
-        return F.mse_loss(out, targets(z0, noise, a, cfg.predict))
+        if alone:
+            out = draw_panels(self.base, Board(1, 1), z.flatten(0, 1)[:, None], F.pad(t, (0, self.cells - self.frames)).flatten(),
+                              words.flatten(0, 1)[:, None]).view_as(z)
+        else:
+            out = draw_panels(self.base, self.board, z, t[:, 0], words)
+        return F.mse_loss(out[:, : self.frames], targets(z0, noise, a, cfg.predict)[:, : self.frames])
 
     def story_loss(self, rows, seed):
         """Stage 2: denoise the frames that a random task asks for, on one board with the given ones."""

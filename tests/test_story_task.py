@@ -21,7 +21,7 @@ from story.task import Config, Task, paper
 from story.unet import UNet
 from story.words import Encoder
 
-TINY = dict(batch=4, size=16, patch=4, widths=(8, 16), heads=2, groups=4, width=16, text_heads=2, rank=2, alpha=2.0, judged=(4, 4), sampler=2,
+TINY = dict(batch=4, size=16, patch=4, channels=12, widths=(8, 16), heads=2, groups=4, width=16, text_heads=2, rank=2, alpha=2.0, judged=(4, 4), sampler=2,
             steps=4, base_steps=2, eval_every=4)
 TOLD = ["Pip the red star walks in the snow.", "It meets Mo.", "They jump.", "It stands on the left."]
 
@@ -113,7 +113,7 @@ def test_one_story_batch_is_learnt_by_heart():
     t = task(base_steps=0, lr=6e-3, widths=(16, 32), drop=0.0, drop_one=0.0)
     rows, seed = next(iter(t.batches(0, 0, 1)))
     losses = []
-    for step in range(140):
+    for step in range(40):
         torch.manual_seed(step % 2)
         losses.append(float(t.update((rows, seed), step)["story loss"]))
     first, last = sum(losses[:8]) / 8, sum(losses[-8:]) / 8
@@ -134,7 +134,7 @@ def test_five_frames_lie_on_six_cells_and_the_blank_one_never_counts():
     assert (t.board.rows, t.board.cols, t.cells) == (2, 3, 6)
     real = t.data["test"].frames([0, 1])
     z = t.latents(real)
-    assert z.shape == (2, 6, 48, 4, 4) and (z[:, 5] == 0).all() and torch.equal(t.pictures(z), real.clamp(-1, 1))
+    assert z.shape == (2, 6, 12, 4, 4) and (z[:, 5] == 0).all() and (t.pictures(z) - real).square().mean() < 0.05
     assert t.mask(torch.ones(1, 5)).tolist() == [[1, 1, 1, 1, 1, 0]]
     drawn = t.draw(real, [t.data["test"].captions[r] for r in (0, 1)], torch.tensor([[1.0, 0, 1, 1, 0]] * 2))
     assert drawn.shape == real.shape and torch.equal(drawn[:, [1, 4]], real[:, [1, 4]])
@@ -144,7 +144,7 @@ def test_five_frames_lie_on_six_cells_and_the_blank_one_never_counts():
     ({"mode": "all"}, "--mode=all is unknown; choose both, frame, story, joint"),
     ({"tasks": ("visualise", "infill")}, "infill is unknown; choose from visualise, continue, complete"),
     ({"size": 20}, "--size=20 must be a multiple of patch x 2"),
-    ({"base": "x.pt"}, "add --base_steps=0"), ({"predict": "noise"}, "cannot predict 'noise'"),
+    ({"base": "x.pt"}, "add --base_steps=0"), ({"predict": "velocity"}, "--predict=velocity is unknown"),
     ({"data": "codraw"}, "--root for codraw"), ({"sd": "nowhere", "base_steps": 0}, "nowhere/vae.*is missing")])
 def test_bad_options_are_answered_with_a_sentence(switches, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
@@ -161,11 +161,9 @@ def test_papers_sizes_are_those_of_stable_diffusion():
 # -- schedule and rivals ----------------------------------------------------------------------------------------------------
 
 
-def test_the_pixel_schedule_ends_without_signal_and_starts_alike():
+def test_the_stretched_schedule_ends_without_signal_and_starts_alike():
     zero, plain_ = alpha_bars(zero=True), alpha_bars()
     assert zero[-1] == 0 and zero[0] == pytest.approx(float(plain_[0])) and (zero.diff() < 0).all()
-    shifted = alpha_bars(zero=True, shift=4.0)
-    torch.testing.assert_close(((1 - shifted) / shifted)[:-1], (16 * (1 - zero) / zero)[:-1])
     assert sampling_times(20, trailing=True)[0] == 999 and sampling_times(20, trailing=True)[-1] > 0
     assert len(set(sampling_times(7, trailing=True))) == 7
 
@@ -174,7 +172,6 @@ def test_guidance_mixes_noise_estimates():
     """One step at guidance 3 equals the step of e_u + 3 (e_c - e_u), by hand from two unguided steps."""
     t = task(base_steps=0)
     story, told = t.net["story"].eval(), [t.data["test"].captions[0]]
-    story.clip = False
     for p in story.unet.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     z0, mask, empty = t.latents(t.data["test"].frames([0])), torch.ones(1, 4), t.empty(1)
@@ -328,10 +325,10 @@ def test_word_maps_belong_to_their_own_cell(run):
     t = sample.restore(run / "best.pt")
     pictures = sample.draw_story(t, TOLD, {}, 0)
     maps, story = sample.looks(t, pictures, TOLD)
-    assert maps.shape == (4, 16, 2, 2) and story.shape == (4, 4, 2, 2)
+    assert maps.shape == (4, 16, 4, 4) and story.shape == (4, 4, 4, 4)
     heads = t.cfg.heads
-    torch.testing.assert_close(maps.sum(1), torch.full((4, 2, 2), float(heads)))
-    torch.testing.assert_close(story.sum(1), torch.full((4, 2, 2), float(heads)))
+    torch.testing.assert_close(maps.sum(1), torch.full((4, 4, 4), float(heads)))
+    torch.testing.assert_close(story.sum(1), torch.full((4, 4, 4), float(heads)))
     changed = [*TOLD[:2], "Bo stands on the right.", TOLD[3]]
     t.net["story"].load_state_dict(t.net["story"].state_dict())
     other = sample.looks(t, pictures, changed)[0]
@@ -382,7 +379,7 @@ def stable_diffusion(folder, width=64):
 
 def test_stable_diffusion_in_its_layout_takes_the_place_of_stage_one(tmp_path):
     weights = stable_diffusion(tmp_path)
-    t = task(**paper("sd") | dict(sd=str(tmp_path), size=32, widths=(32, 64), attention=(True, False), resnets=1, heads=8, groups=32, width=64,
+    t = task(**paper("sd") | dict(sd=str(tmp_path), size=32, widths=(32, 64), attention=(True, False), resnets=1, heads=8, groups=32, width=64, patch=8, channels=4,
                                   batch=2, steps=2, depth=1))
     assert torch.equal(t.net["story"].unet.state_dict()["conv_in.weight"], weights["conv_in.weight"])
     words, keep = t.net["words"](["the star walks", ""])

@@ -5,17 +5,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data.vae import VAE, Unshuffle
+from data.vae import VAE, Components
 from data.vae import from_official as vae_from_official
 from story.storyimager import (
     Board,
     ContextExtractor,
     LoRA,
+    PanelAttention,
     Story,
     StoryImager,
     alpha_bars,
     ddim_step,
     draw_masks,
+    draw_panels,
     estimates,
     freeze_base,
     load_base,
@@ -24,7 +26,7 @@ from story.storyimager import (
     targets,
     tuned_unet,
 )
-from story.unet import UNet, sinusoid
+from story.unet import SelfAttention, UNet, sinusoid
 from story.unet import from_official as unet_from_official
 
 SIZES = dict(channels=4, widths=(16, 32), attention=(True, True), resnets=1, heads=2, context=12, groups=4)
@@ -103,6 +105,19 @@ def test_with_a_closed_gate_on_one_cell_it_is_stable_diffusions_unet():
     torch.testing.assert_close(tuned(z, t, story), base(z, t, words), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="missing, unknown or misshapen .'conv_in.bias'"):
         load_base(tuned, {k: v for k, v in base.state_dict().items() if k != "conv_in.bias"})
+
+
+def test_panels_of_the_base_are_the_tuned_model_before_it_has_learnt():
+    """On a board of four, too: gate 0, no LoRA, no prior. One panel alone is Stable Diffusion's UNet."""
+    torch.manual_seed(0)
+    base = UNet(**SIZES, kinds=(SelfAttention, PanelAttention)).eval()
+    story, (z0, words, keep) = model(), inputs()
+    load_base(story.unet, base.state_dict())
+    t = torch.tensor([3, 700])
+    torch.testing.assert_close(draw_panels(base, Board(), z0, t, words), story.denoise(z0, t, words, keep, torch.ones(2, FRAMES)), rtol=1e-5, atol=1e-6)
+    plain = UNet(**SIZES).eval()
+    plain.load_state_dict(base.state_dict())
+    torch.testing.assert_close(draw_panels(base, Board(1, 1), z0[:, :1], t, words[:, :1])[:, 0], plain(z0[:, 0], t, words[:, 0]))
 
 
 def cross(mode="both", out="shared", gate=0.7):
@@ -280,7 +295,23 @@ def test_the_autoencoder_reads_older_names_and_names_what_is_wrong():
     assert torch.equal(vae.decode(vae.encode(image)), again.decode(again.encode(image)))
     with pytest.raises(ValueError, match="quant_conv.bias"):
         vae_from_official({k: v for k, v in vae.state_dict().items() if k != "quant_conv.bias"}, groups=4)
-    assert torch.equal(Unshuffle(4).decode(Unshuffle(4).encode(image)), image)
+
+
+def test_all_components_lose_nothing_and_the_first_ones_the_least():
+    g = torch.Generator().manual_seed(0)
+    images = F.interpolate(torch.randn(64, 3, 4, 4, generator=g), (16, 16), mode="bilinear")
+    whole = Components(images, 4, 48)
+    torch.testing.assert_close(whole.decode(whole.encode(images)), images, rtol=1e-3, atol=1e-3)
+    errors = []
+    for channels in (4, 8, 16):
+        part = Components(images, 4, channels)
+        z = part.encode(images)
+        assert z.shape == (64, channels, 4, 4)
+        torch.testing.assert_close(z.transpose(0, 1).flatten(1).cov(), torch.eye(channels), rtol=1e-2, atol=1e-2)
+        errors.append(float((part.decode(z) - images).square().mean()))
+    assert errors[0] > errors[1] > errors[2]
+    with pytest.raises(ValueError, match="has 48 numbers, so no 49 components"):
+        Components(images, 4, 49)
 
 
 # -- Stable Diffusion's numbers, against a reference written from the layout alone ---------------------------------------------------
