@@ -194,9 +194,8 @@ class ReasoningUnit(nn.Module):
 
     def forward(self, x, words, context, mask, evidence=None):
         query, attention = self.query(words, context, mask)
-        score = x.new_ones(x.shape[:3]) if not self.punish else self.punishment(x, query)
-        if evidence is not None:
-            score = evidence.expand_as(score)
+        score = self.punishment(x, query) if self.punish else x.new_ones(x.shape[:3])
+        score = score if evidence is None else evidence.expand_as(score)
         views, graph = self.graph(x, score)
         z, weights = self.fuse(views)
         return x + z, views, (attention, score, graph, weights[..., 0])

@@ -44,7 +44,7 @@ class Config:
     frames: int = 4                  # frames of a clip
     look: int = 2                    # of which CLIP looks at, F; motion features see all
     seed: int = 0                    # random seed
-    steps: int = 3000                # optimiser steps
+    steps: int = 1500                # optimiser steps
     eval_every: int = 250            # steps between evaluations
     patience: int = 0                # evaluations without improvement before stopping; 0: never
     batch: int = 64                  # questions a step, B (official code: 256)
