@@ -191,15 +191,14 @@ def residual(channels_in, channels_out):
 class FeatureExtractor(nn.Module):
     """CLIP feature extractor (netD): walks up the taps, each deeper one through gates.   (B, n, w, g, g) -> (B, C, g, g)
 
-    gates  what they start at. Official code: 0, the first tap alone and no residual. A run of a few hundred steps ends
-           before such gates have opened (README.md has the numbers); `--gates=1` starts with open ones.
+    The gates start at 0: at first the critic is the first tap alone, without a residual.
     """
 
-    def __init__(self, clip_width, taps, out=512, gates=0.0):
+    def __init__(self, clip_width, taps, out=512):
         super().__init__()
         self.steps = nn.ModuleList(residual(clip_width, clip_width) for _ in range(taps - 1))
-        self.gamma = nn.Parameter(torch.full((taps,), gates))        # of R; the last one belongs to `main`
-        self.beta = nn.Parameter(torch.full((taps - 1,), gates))     # of the deeper taps
+        self.gamma = nn.Parameter(torch.zeros(taps))        # of R; the last one belongs to `main`
+        self.beta = nn.Parameter(torch.zeros(taps - 1))     # of the deeper taps
         self.main, self.shortcut = residual(clip_width, out), nn.Conv2d(clip_width, out, 1)
 
     def forward(self, taps):
@@ -225,10 +224,10 @@ class QualityAssessor(nn.Module):
 class Critic(nn.Module):
     """GALIP's discriminator. `look` uses the frozen CLIP; `score` is all that is trained, and all the penalty sees."""
 
-    def __init__(self, clip_width, grid, embed, taps=(1, 4, 8), channels=512, hidden=128, gates=0.0):
+    def __init__(self, clip_width, grid, embed, taps=(1, 4, 8), channels=512, hidden=128):
         super().__init__()
         self.taps = taps
-        self.extract = FeatureExtractor(clip_width, len(taps), channels, gates)
+        self.extract = FeatureExtractor(clip_width, len(taps), channels)
         self.assess = QualityAssessor(channels, embed, grid, hidden)
 
     def look(self, image, clip, embed=True):
@@ -242,12 +241,12 @@ class Critic(nn.Module):
 class DownBlock(nn.Module):
     """Halve the picture: conv4x4 of stride 2, conv3x3, gated, beside an averaged shortcut (DF-GAN; its gate starts at 0)."""
 
-    def __init__(self, channels_in, channels_out, gates=0.0):
+    def __init__(self, channels_in, channels_out):
         super().__init__()
         self.residual = nn.Sequential(nn.Conv2d(channels_in, channels_out, 4, 2, 1, bias=False), nn.LeakyReLU(SLOPE),
                                       nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False), nn.LeakyReLU(SLOPE))
         self.shortcut = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
-        self.gamma = nn.Parameter(torch.full((1,), gates))
+        self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
         return F.avg_pool2d(self.shortcut(x), 2) + self.gamma * self.residual(x)
@@ -256,12 +255,12 @@ class DownBlock(nn.Module):
 class PlainCritic(nn.Module):
     """The rival: DF-GAN's discriminator on pixels, no CLIP. Same calls as `Critic`; here the evidence is the picture."""
 
-    def __init__(self, size, embed, base=64, gates=0.0):
+    def __init__(self, size, embed, base=64):
         super().__init__()
         depth = (size // 4).bit_length() - 1                       # halvings until 4 x 4
         channels = [base * min(2**k, 8) for k in range(depth + 1)]
         self.first = nn.Conv2d(3, base, 3, padding=1)
-        self.down = nn.ModuleList(DownBlock(a, b, gates) for a, b in zip(channels[:-1], channels[1:], strict=True))
+        self.down = nn.ModuleList(map(DownBlock, channels[:-1], channels[1:]))
         self.joint = nn.Conv2d(channels[-1] + embed, 2 * base, 3, padding=1, bias=False)
         self.last = nn.Conv2d(2 * base, 1, 4, bias=False)
 

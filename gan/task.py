@@ -40,8 +40,8 @@ class Config:
     stray: float = 0.0               # builtin: how far an object lies from the middle; 1: as far as the world has it
     full: float = 0.75               # builtin: share of captions that tell every attribute; the others leave things out
     seed: int = 0                    # random seed
-    steps: int = 1500                # optimiser steps
-    eval_every: int = 250            # steps between evaluations
+    steps: int = 2400                # optimiser steps
+    eval_every: int = 300            # steps between evaluations
     patience: int = 0                # evaluations without improvement before stopping; 0: never
     batch: int = 16                  # pictures in a step, B (official: 64 on each of 8 GPUs)
     noise: int = 32                  # width of z (official: 100)
@@ -54,7 +54,6 @@ class Config:
     taps: tuple = (0, 1, 2)          # CLIP blocks, from 0, whose output the critic sees (official: 1, 4, 8)
     channels: int = 64               # of the critic's features (official: 512)
     hidden: int = 64                 # channels of the quality assessor (official: 128)
-    gates: float = 0.0               # what the gates of the critic start at (official: 0)
     lr_g: float = 1e-3               # Adam step size of the generator (official: 1e-4)
     lr_d: float = 2e-3               # Adam step size of the critic (official: 4e-4)
     clip_weight: float = 4.0         # of the CLIP similarity, lambda (official: 4)
@@ -86,8 +85,8 @@ def paper(name):
         raise ValueError(f"--paper={name} is unknown; there are {', '.join(pictures)}")
     epoch = max(1, pictures[name] // 512)                     # about 1000 epochs for coco, by the author's word
     return {"data": name, "steps": 1000 * epoch, "eval_every": 10 * epoch, "batch": 512, "noise": 100, "base": 64, "widest": 8,
-            "bridge": (64, 32, 4), "fusion": 0, "canvas": 0.0, "prompt_layers": tuple(range(1, 9)), "taps": (1, 4, 8), "channels": 512, "hidden": 128,
-            "gates": 0.0, "lr_g": 1e-4, "lr_d": 4e-4, "ema": 0.0}
+            "bridge": (64, 32, 4), "fusion": 0, "canvas": 0.0, "prompt_layers": tuple(range(1, 9)), "taps": (1, 4, 8),
+            "channels": 512, "hidden": 128, "lr_g": 1e-4, "lr_d": 4e-4, "ema": 0.0}
 
 
 def candidates(texts):
@@ -104,8 +103,8 @@ def networks(cfg, clip):
     painter = Generator(clip.width, clip.grid, clip.visual.patch, clip.embed, cfg.noise, cfg.base, cfg.bridge, cfg.prompt_layers,
                         cfg.mapper, cfg.prompts, cfg.widest, cfg.fusion, cfg.canvas)
     if cfg.critic == "plain":
-        return painter, PlainCritic(clip.size, clip.embed, cfg.base, cfg.gates)
-    return painter, Critic(clip.width, clip.grid, clip.embed, cfg.taps, cfg.channels, cfg.hidden, cfg.gates)
+        return painter, PlainCritic(clip.size, clip.embed, cfg.base)
+    return painter, Critic(clip.width, clip.grid, clip.embed, cfg.taps, cfg.channels, cfg.hidden)
 
 
 class Task:
@@ -116,7 +115,7 @@ class Task:
     ablations = {
         "full": {}, "plain discriminator": {"critic": "plain"}, "w/o mapper": {"mapper": False}, "w/o prompts": {"prompts": False},
         "w/o CLIP loss": {"clip_weight": 0.0}, "first tap only": {"taps": (0,)}, "deepest tap only": {"taps": (3,)},
-        "open gates": {"gates": 1.0}, "w/o penalty": {"penalty": 0.0},
+        "narrow fusion": {"fusion": 0}, "w/o canvas": {"canvas": 0.0}, "w/o penalty": {"penalty": 0.0},
         "DF-GAN": {"critic": "plain", "mapper": False, "clip_weight": 0.0},
     }
 

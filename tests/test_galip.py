@@ -210,6 +210,16 @@ def test_training_starts_neutral():
     assert not torch.equal(critic.score(taps, text), critic.score(other, text))
 
 
+def test_what_a_small_generator_starts_with_beyond_the_official_one():
+    torch.manual_seed(0)
+    official, ours = toy_generator(), toy_generator(hidden=96, canvas=1.0)
+    nets = [m for m in ours.modules() if isinstance(m, nn.Sequential) and isinstance(m[0], nn.Linear)]
+    assert nets and {net[0].out_features for net in nets} == {96}, "no sentence is squeezed"
+    assert ours.bridge.code.bias.std() > 0.8 > official.bridge.code.bias.std(), "places differ before any noise"
+    x, condition = torch.randn(2, 24, 4, 4), torch.randn(2, Z + E)
+    assert torch.equal(ours.blocks[0].fuse1(condition, x), official.blocks[0].fuse1(condition, x)), "both start neutral"
+
+
 def test_switches_remove_exactly_their_part():
     clip, noise, text = tiny_clip(), torch.randn(2, Z), torch.randn(2, E)
     full = stirred(toy_generator())

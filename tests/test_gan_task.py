@@ -138,6 +138,13 @@ def test_batches_depend_on_seed_and_step_alone_and_full_captions_come_first():
     assert pictures.shape == (4, 3, 64, 64) and all("background" in text for text in texts[:2])
 
 
+def test_objects_lie_in_the_middle_in_pictures_and_sentences():
+    there, strayed = tiny().scenes(range(64)), tiny(stray=1.0).scenes(range(64))
+    assert there["centre"].abs().max() == 0 and torch.equal(strayed["centre"], world.scenes(range(64), objects=(1, 1))["centre"])
+    told = " ".join(text for k in range(10) for text in world.captions(there, k))
+    assert "in the middle" in told and "on the left" not in told and "at the top" not in told
+
+
 # -- a run ----------------------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +348,7 @@ def test_the_authors_checkpoint_draws_with_the_same_command(tmp_path):
 
 @pytest.mark.parametrize("changes, sentence", [
     ({"batch": 1}, "at least 2 pictures"), ({"critic": "dcgan"}, "--critic=dcgan is unknown"), ({"objects": 4}, "must be 1, 2 or 3"),
+    ({"objects": 2}, "add --stray=1"),
     ({"taps": (0, 9)}, r"--taps=\(0, 9\): this CLIP has blocks 0 to 3"), ({"prompt_layers": ()}, "name at least one"),
     ({"clip": "nowhere.pt"}, "nowhere.pt")])
 def test_a_bad_configuration_gets_one_sentence(changes, sentence):
