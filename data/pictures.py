@@ -2,7 +2,7 @@
 
 Images are (3, H, W), (1, H, W) or (H, W) tensors in [-1, 1], or Pillow images; every function takes either.
 Captions are wrapped as the font measures them and rows grow with the longest, so no caption is ever clipped.
-`python -m data.pictures PAGE.png "a caption=picture.png" ...` puts finished pictures on one page.
+`python -m data.pictures PAGE.png "a caption=picture.png" ...` puts finished pictures, or their upper parts, on one page.
 """
 import sys
 from pathlib import Path
@@ -135,8 +135,17 @@ def gif(path, frames, ms=200, size=192):
     images[0].save(path, save_all=True, append_images=images[1:], duration=ms, loop=0)
 
 
+def page(path, words, columns=2, size=440):
+    """Finished pictures on one page.   words: "a caption=picture.png", or "...=picture.png@0.4" for its upper 0.4 alone"""
+    cells = []
+    for caption, file in (word.rsplit("=", 1) for word in words):
+        file, _, share = file.partition("@")
+        image = Image.open(file)
+        cells.append((image.crop((0, 0, image.width, round(image.height * float(share or 1)))), caption))
+    panels(path, [cells[i : i + columns] for i in range(0, len(cells), columns)], size)
+
+
 if __name__ == "__main__":
     if len(sys.argv) < 3 or not all("=" in word for word in sys.argv[2:]):
-        sys.exit('python -m data.pictures PAGE.png "a caption=picture.png" ...      two pictures a row')
-    cells = [(Image.open(file), caption) for caption, file in (word.rsplit("=", 1) for word in sys.argv[2:])]
-    panels(sys.argv[1], [cells[i : i + 2] for i in range(0, len(cells), 2)], 440)
+        sys.exit('python -m data.pictures PAGE.png "a caption=picture.png" "another=tall.png@0.4" ...      two pictures a row')
+    page(sys.argv[1], sys.argv[2:])

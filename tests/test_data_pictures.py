@@ -247,3 +247,14 @@ def test_gifs_keep_frames_and_time(tmp_path):
     pictures.gif(tmp_path / "one.gif", frames[:1])
     with pytest.raises(ValueError, match="no frame"):
         pictures.gif(tmp_path / "none.gif", frames[:0])
+
+
+def test_a_page_holds_whole_pictures_and_upper_parts(tmp_path):
+    picture = Image.new("RGB", (200, 100), (255, 0, 0))
+    picture.paste((0, 0, 255), (0, 50, 200, 100))                    # red over blue
+    picture.save(tmp_path / "a.png")
+    pictures.page(tmp_path / "whole.png", [f"red=blue={tmp_path / 'a.png'}"])
+    pictures.page(tmp_path / "upper.png", [f"red={tmp_path / 'a.png'}@0.5"])
+    blue = torch.tensor([0, 0, 255], dtype=torch.uint8)
+    assert [bool((pixels(tmp_path / f"{name}.png") == blue).all(2).any()) for name in ("whole", "upper")] == [True, False]
+    assert_white_frame(tmp_path / "upper.png")
