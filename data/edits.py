@@ -23,6 +23,7 @@ from data.batches import seed_from
 from data.draw import uniform
 from data.parts import BUILTIN, Lazy, check_name, set_aside
 
+RECOLOUR, RESHAPE, BACKGROUND = (views.EDITS.index(kind) for kind in ("recolour", "reshape", "background"))
 ADD = views.EDITS.index("add")        # the kinds from here on change how many things there are: add, remove
 
 
@@ -60,11 +61,11 @@ class Edits:
         return [tuple(map(list, zip(*told, strict=True)))]
 
 
-def load(name="builtin", root="", split="test", size=64, seed=0, holdout=0.1, kinds=views.EDITS):
-    """Open a data set by name, as in captions.load.   kinds: of the built-in world's edits   -> Edits"""
+def load(name="builtin", root="", split="test", size=64, seed=0, holdout=0.1, kinds=views.EDITS, pairs=0.5):
+    """Open a data set by name, as in captions.load.   kinds, pairs: of the built-in world, see views.edits   -> Edits"""
     check_name(name, captions.NAMES, root, split, "edits")
     if name == "builtin":
-        return builtin(split, size, seed, kinds)
+        return builtin(split, size, seed, kinds, pairs)
     if name == "codraw":
         return steps(stories.load(name, root, split, size, holdout=holdout))
     if name in ("noto", "emojitwo"):
@@ -78,11 +79,11 @@ def load(name="builtin", root="", split="test", size=64, seed=0, holdout=0.1, ki
     return Edits(name, size, said, ["other"] * len(data), data.images, data.captions)
 
 
-def builtin(split, size, seed, kinds):
+def builtin(split, size, seed, kinds, pairs):
     """Edits of the world: the picture that should come out and the pixels that may change are known."""
     @functools.lru_cache(maxsize=2)                          # pictures and sentences of a batch come from one view
     def drawn(rows):
-        return views.edits(rows, seed, split, kinds)
+        return views.edits(rows, seed, split, kinds, pairs)
 
     def view(rows):
         return drawn(tuple(int(row) for row in rows))
@@ -104,15 +105,19 @@ def claims(view, seed, more, split):
     """What is true and what is false of the sources, in the words of the instructions.   -> [(B true, B false), ...]
 
     The first pair is the instruction and what undoes it ("the star is red", "the star is blue"); the others are about
-    another attribute, each with a change that is never painted.
+    what the edit leaves as it is, so they are true and false of the result too: each with a change that is never painted.
     """
-    before, after, kind, which = (view[name] for name in ("before", "after", "kind", "object"))
-    undone = torch.where(kind >= ADD, 2 * ADD + 1 - kind, kind)                       # what was added is to be removed
-    pairs = [(views.wishes(after, before, undone, which.clamp(min=0)), view["sentence"])]
+    before, after, edit, edited = (view[name] for name in ("before", "after", "kind", "object"))
+    undone = torch.where(edit >= ADD, 2 * ADD + 1 - edit, edit)                       # what was added is to be removed
+    pairs = [(views.wishes(after, before, undone, edited.clamp(min=0)), view["sentence"])]
     for k in range(more):
         u = uniform(before["key"] ^ seed_from(seed, k), 3)
         kind = (u[:, 0] * ADD).long()                                                 # any but add and remove
         which = (before["present"][:, 1] & (u[:, 1] < 0.5)).long()
+        # The edited thing keeps its texture and, if that is what changed, its colour; its name is gone with its shape.
+        lost = (kind == edit) | (edit == RESHAPE) | (edit == ADD + 1) | (edit == RECOLOUR) & (kind == RESHAPE)
+        kind = torch.where((which == edited) & lost, BACKGROUND, kind)
+        kind = torch.where((edit == BACKGROUND) & (kind == BACKGROUND), RECOLOUR, kind)
         other = {name: value.clone() for name, value in before.items()}
         views.change(before, other, kind, which, u[:, 2], split)
         pairs.append((views.wishes(other, before, kind, which), views.wishes(before, other, kind, which)))

@@ -63,12 +63,13 @@ def captioned(index, seed=0, split="train", size=64, objects=(1, 1), count=10):
 # -- edits ---------------------------------------------------------------------------------------------------
 
 
-def edits(index, seed=0, split="train", kinds=EDITS):
+def edits(index, seed=0, split="train", kinds=EDITS, pairs=0.5):
     """A scene of one or two objects, a sentence that is false of it, and the scene with just that made true.
 
     -> before, after: scenes with the same jitter; kind (B,): place in EDITS; object (B,): the slot that
        changes, -1 for the background; sentence: B strings; caption_before, caption_after: B full captions
     Two objects differ in shape and colour, before and after: "the star" and "the red shape" name one thing.
+    pairs: the share of pictures with a second thing; those of add and remove always have two, before or after
     raises ValueError for an unknown kind
     """
     for name in kinds:
@@ -77,7 +78,7 @@ def edits(index, seed=0, split="train", kinds=EDITS):
     u = uniform(keys(index, seed, split, view=1) ^ 1, 8)         # "^ 1": not the numbers the scene is made of
     kind = torch.tensor([EDITS.index(name) for name in kinds])[(u[:, 0] * len(kinds)).long()]
     moved = kind >= EDITS.index("add")                                     # added or removed: always slot 1
-    two = moved | (u[:, 1] < 0.5)
+    two = moved | (u[:, 1] < pairs)
     # What is added or removed has its place in both layouts, so nothing else moves or changes size.
     before = scenes(index, seed, split, objects=(2, 2), count=1 + two.long(), view=1)
     tell_apart(before, u[:, 2], split)

@@ -148,7 +148,8 @@ class DCBlock(nn.Module):
         kernels = self.kernels(sentence)
         q = F.conv2d(m.flatten(0, 1)[None], kernels.flatten(0, 1), padding=1, groups=len(m))       # (1, B K, H, W)
         q = q.unflatten(1, kernels.shape[:2])[0]
-        return self.to_weight(q), self.to_shift(q)
+        both = torch.cat([self.to_weight.weight, self.to_shift.weight])                            # one pass for both maps
+        return F.conv2d(q, both, padding=1).split(1, dim=1)
 
 
 class DEBlock(nn.Module):

@@ -33,9 +33,10 @@ class Config:
 
     data: str = "builtin"           # builtin, noto, emojitwo, birds, birds64, coco, codraw, folder, npz, ...
     root: str = ""                  # folder of the real data
+    pairs: float = 0.0              # share of built-in pictures with a second thing (add, remove: always two)
     seed: int = 0                   # random seed
-    steps: int = 2000               # optimiser steps
-    eval_every: int = 400           # steps between evaluations
+    steps: int = 1800               # optimiser steps
+    eval_every: int = 450           # steps between evaluations
     batch: int = 16                 # pictures edited in a step, B (the paper: 32)
     size: int = 64                  # pixels of a side: 4 x a power of two (the paper: 256)
     base: int = 8                   # channels of the editor at full size, n (the paper: 32)
@@ -50,13 +51,13 @@ class Config:
     merges: str = ""                # CLIP's vocabulary file, for --clip
     lr: float = 1e-3                # Adam step size of the editor (the paper: 1e-4)
     critic_lr: float = 1e-3         # Adam step size of the critic (the paper: 4e-4)
-    similar: float = 0.5            # weight of CLIP's agreement between edit and sentence
-    contrast: bool = True           # agreement with the wish against the true sentence (ours); off: plain cosine (then --similar=4)
+    similar: float = 0.5            # weight of CLIP's agreement with the sentence against the true one that it replaces
+    still: float = 0.5              # weight of CLIP's agreement with what the edit leaves as it was (ours)
     own: float = 4.0                # weight of L1: the picture's own sentence must give the picture back
-    keep: float = 1.0               # weight of L1 between edit and source (ours)
+    keep: float = 1.0               # weight of the share of pixels that an edit changes (ours)
     penalty: float = 2.0            # weight k of the matching-aware gradient penalty
     penalty_every: int = 4          # steps between penalties, each weighted by as much (DF-GAN: 1)
-    more: int = 2                   # further true and false sentences the critic hears about a picture
+    more: int = 3                   # further true and false sentences the critic hears about a picture
     near: bool = True               # wrong sentences differ in one thing; off: another picture's sentence
     average: float = 0.995          # decay of the running mean of the editor that is judged and saved; 0: none (the paper)
     copy_start: bool = True         # the untrained editor copies its input (needs --base of 6 or more)
@@ -76,7 +77,7 @@ def paper(name):
         raise ValueError(f"--paper={name} is unknown; there are birds, coco")
     epoch = {"birds": 8855, "coco": 82783}[name] // 32
     return {"data": name, "size": 256, "base": 32, "critic_base": 32, "code_width": 256, "batch": 32, "lr": 1e-4,
-            "critic_lr": 4e-4, "text": "lstm", "penalty_every": 1, "average": 0.0, "similar": 0.0, "copy_start": False, "near": False, "more": 0,
+            "critic_lr": 4e-4, "text": "lstm", "penalty_every": 1, "average": 0.0, "similar": 0.0, "still": 0.0, "copy_start": False, "near": False, "more": 0,
             "eval_every": 5 * epoch, "steps": 300 * epoch}
 
 
@@ -148,7 +149,7 @@ def open_editor(cfg, device, train=None):
     def words():                                             # drawn only if they are needed
         if train is None and cfg.text != "lstm" and (cfg.clip or cfg.data == "builtin"):
             return
-        data = train or edits.load(cfg.data, cfg.root, "train", cfg.size)
+        data = train or edits.load(cfg.data, cfg.root, "train", cfg.size, pairs=cfg.pairs)
         for rows in torch.arange(min(len(data), 4096 if cfg.data == "builtin" else 2**20)).split(256):
             yield from (text for pair in data.said(rows.tolist()) for texts in pair for text in texts)
 
@@ -159,16 +160,18 @@ def open_editor(cfg, device, train=None):
 
 @torch.no_grad()
 def start_as_copy(editor, quiet=0.1):
-    """First and last layer hand the picture through as x and -x (ours): no step is spent on learning to copy.
+    """First and last layer hand the picture through as x - b and -x - b (ours): no step is spent on learning to copy.
 
-    l(x) - l(-x) = 1.2 x for LeakyReLU of slope 0.2, and tanh(1.3 x) is nearest to x; the finest DEBlock starts quiet.
+    With slope 0.2 and b = 0.65, 2.7 (l(x - b) - l(-x - b)) is 1.1 x in the middle and three times as steep outside: a broken
+    line near atanh(x), so that tanh gives x back (mean error 0.015; 0.035 without b). The finest DEBlock starts quiet.
     """
-    for weight in (editor.encoder.first.weight, editor.encoder.first.bias[:6], editor.to_rgb.weight, editor.to_rgb.bias):
+    for weight in (editor.encoder.first.weight, editor.encoder.first.bias, editor.to_rgb.weight, editor.to_rgb.bias):
         weight[:6].zero_()
+    editor.encoder.first.bias[:6] = -0.65
     for c in range(3):
         for row, sign in ((c, 1.0), (c + 3, -1.0)):
             editor.encoder.first.weight[row, c, 1, 1] = sign
-            editor.to_rgb.weight[c, row, 1, 1] = sign * 1.3 / 1.2
+            editor.to_rgb.weight[c, row, 1, 1] = 2.7 * sign
     for part in (editor.blocks[-1].conv.weight, editor.blocks[-1].conv.bias, editor.blocks[-1].query.to_shift.weight):
         part.mul_(quiet)
 
@@ -191,6 +194,16 @@ def gradient_penalty(critic, image, sentence, power=6):
     return torch.cat([g.flatten(1) for g in slopes], dim=1).square().sum(1).clamp(min=1e-12).pow(power / 2).mean()
 
 
+def changed_share(edited, source, small=0.1):
+    """How much of the picture was touched, mean of |d| / (|d| + small): ours.   -> scalar in [0, 1)
+
+    Its slope is 10 where nothing changed yet and 0.1 after a change of 0.9 (of L1: always 1): a wholly new background costs
+    little more than a half new one, and smears over what should stay cost most.
+    """
+    change = (edited - source).abs()
+    return (change / (change + small)).mean()
+
+
 class Task:
     """The editor, its critic and its judges; see STYLE of the contract in train.py."""
 
@@ -200,14 +213,14 @@ class Task:
     ablations = {
         "full": {}, "fixed composition": {"composition": "fixed"}, "static convolution": {"dynamic": False},
         "spatial only": {"composition": "spatial"}, "channel only": {"composition": "channel"},
-        "w/o semantic decoder": {"semantic": False}, "w/o CLIP similarity": {"similar": 0.0}, "plain cosine": {"contrast": False, "similar": 4.0},
+        "w/o semantic decoder": {"semantic": False}, "w/o CLIP similarity": {"similar": 0.0, "still": 0.0}, "w/o what stays": {"still": 0.0},
         "w/o own sentence": {"own": 0.0}, "w/o keep": {"keep": 0.0}, "rolled sentences": {"near": False, "more": 0},
         "w/o mean of weights": {"average": 0.0}, "learnt text encoder": {"text": "lstm"},
     }
 
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, device
-        self.data = {split: edits.load(cfg.data, cfg.root, split, cfg.size) for split in ("train", "valid", "test")}
+        self.data = {split: edits.load(cfg.data, cfg.root, split, cfg.size, pairs=cfg.pairs) for split in ("train", "valid", "test")}
         self.read, self.editor = open_editor(cfg, device, self.data["train"])
         if cfg.copy_start:
             start_as_copy(self.editor)
@@ -260,15 +273,16 @@ class Task:
         parallel.descend(self.critic_optimiser, d_loss)
 
         self.critic.requires_grad_(False)
-        terms = {"fool": -self.critic(edited, asked).mean(), "keep": cfg.keep * (edited - source).abs().mean()}
+        terms = {"fool": -self.critic(edited, asked).mean(), "keep": cfg.keep * changed_share(edited, source)}
         if cfg.own:
             half = encoded[0][::2], [x[::2] for x in encoded[1]], [x[::2] for x in encoded[2]]       # enough, and cheaper
             terms["own"] = cfg.own * (self.editor.edit(half, own[::2]) - source[::2]).abs().mean()
-        if cfg.similar and self.read.clip:
-            so, wish = self.read.agreement(edited, *said[0])
-            if cfg.contrast:                                 # more like the wish than like what is so, in CLIP's own logits
-                wish = F.logsigmoid(self.read.clip[0].logit_scale.exp() * (wish - so))
-            terms["similar"] = -cfg.similar * wish.mean()
+        if (cfg.similar or cfg.still) and self.read.clip:
+            logits = self.read.clip[0].logit_scale.exp() * self.read.agreement(edited, *(texts for pair in said for texts in pair))
+            true, false = logits.unflatten(0, (len(said), 2)).unbind(1)                        # (1 + more, B) each
+            terms["similar"] = -cfg.similar * F.logsigmoid(false[0] - true[0]).mean()          # the wish, not what was so
+            if cfg.still and len(said) > 1:
+                terms["still"] = -cfg.still * F.logsigmoid(true[1:] - false[1:]).mean()        # and all else as it was
         if cfg.oracle:
             terms["oracle"] = cfg.oracle * (edited - parallel.shard(target).to(self.device)).abs().mean()
         parallel.descend(self.optimiser, sum(terms.values()))
@@ -306,7 +320,8 @@ class Task:
         n = min(len(data), JUDGED * (1 + (split == "test")))
         for first in range(0, n, 100):
             rows = range(first, min(first + 100, n))
-            part = {"source": data.source(rows).to(self.device), "asked": data.said(rows)[0][1]}
+            true, asked = data.said(rows)[0]
+            part = {"source": data.source(rows).to(self.device), "true": true, "asked": asked}
             if data.target:
                 part["target"] = data.target(rows).to(self.device)
             part["edited"] = editor(part)
@@ -362,8 +377,9 @@ def measure(part, data, rows, task):
     if task.read.clip:
         found["CLIP score"] = task.read.agreement(edited, part["asked"])[0]
         found["MP"] = (1 - found["L2"]) * found["CLIP score"]                  # manipulative precision as published
+    sentence = task.read(part["asked"])                      # does the critic tell true from false on real pictures?
+    found["matched"] = (task.critic(source, task.read(part["true"])) > task.critic(source, sentence)).float()
     if not task.known:
-        sentence = task.read(part["asked"])
         found["asked"] = (task.critic(edited, sentence) > task.critic(source, sentence)).float()
     if "target" in part:
         found["real"] = task.judge.features(part["target"])
@@ -420,7 +436,7 @@ def summarise(parts, task):
     scores["Frechet"] = float(frechet_distance(features, real, "reader"))
     for kind in dict.fromkeys(kinds) if task.known else ():
         mine = torch.tensor([k == kind for k in kinds])
-        scores |= {f"{kind} {name}": float(found[name][mine].nanmean()) for name in ("changed", "rest", "kept L1", "kept SSIM", "MP")}
+        scores |= {f"{kind} {name}": float(found[name][mine].nanmean()) for name in ("changed", "rest", "kept L1", "kept SSIM", "MP", "matched")}
     if task.known:                                           # kinds count alike, however many of each were drawn
         scores["changed"] = sum(scores[f"{kind} changed"] for kind in views.EDITS) / len(views.EDITS)
     return scores
