@@ -67,7 +67,7 @@ class Config:
     patch: int = 8                   # block of pixels that becomes a latent pixel (SD: its autoencoder, 8)
     channels: int = 32               # principal components of a block that become its channels (SD: 4)
     frames: int = 4                  # builtin: frames of a story
-    rows: int = 2                    # rows of the board
+    board_rows: int = 2              # rows of the board
     order: str = "column"            # frames run down the columns (Fig. 2), or row by row
     widths: tuple = (48, 96)         # channels of the UNet's levels (SD: 320, 640, 1280, 1280)
     attention: tuple = (True, True)  # which levels have attention (SD: all but the coarsest)
@@ -142,7 +142,7 @@ class Task:
         self.data = {split: stories.load(cfg.data, cfg.root, split, cfg.size, frames=cfg.frames) for split in ("train", "valid", "test")}
         self.builtin = cfg.data == "builtin"
         self.frames = len(self.data["train"].captions[0])                     # F of the data
-        self.board = Board(cfg.rows, math.ceil(self.frames / cfg.rows), cfg.order)
+        self.board = Board(cfg.board_rows, math.ceil(self.frames / cfg.board_rows), cfg.order)
         self.cells = self.board.rows * self.board.cols                        # F and, if F does not fill it, blank cells
         self.build()
         self.reader = reader().to(device)

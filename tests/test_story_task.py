@@ -130,7 +130,7 @@ def test_every_row_of_the_ablation_trains_and_draws(row):
 
 
 def test_five_frames_lie_on_six_cells_and_the_blank_one_never_counts():
-    t = task(frames=5, rows=2)
+    t = task(frames=5, board_rows=2)
     assert (t.board.rows, t.board.cols, t.cells) == (2, 3, 6)
     real = t.data["test"].frames([0, 1])
     z = t.latents(real)
@@ -149,6 +149,12 @@ def test_five_frames_lie_on_six_cells_and_the_blank_one_never_counts():
 def test_bad_options_are_answered_with_a_sentence(switches, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         task(**switches)
+
+
+def test_choosing_rows_of_the_ablation_leaves_the_board_alone():
+    """--rows belongs to train.py; a board option of that name would swallow it."""
+    shared = set(train.fields(train.Run)) & set(train.fields(Config))
+    assert shared == {"seed"}, shared
 
 
 def test_papers_sizes_are_those_of_stable_diffusion():
