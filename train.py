@@ -24,20 +24,20 @@ from data.batches import seed_from
 from data.options import fields, from_plain, parse, plain, show_help
 from data.weights import load_checkpoint, save_checkpoint
 
-MODELS = {  # name: (module, Config overrides, paper, what it does, minutes on two CPU cores)
+MODELS = {  # name: (module, Config overrides, paper, what it does, CPU-minutes)
     "mvgcn": ("gcn.task", {"model": "mgcn"}, "MGCN, MM 2023", "multi-view graphs for multimedia recommendation", 1),
     "befa": ("gcn.befa_task", {}, "BeFA, AAAI 2025", "behaviour-driven feature adapter, attribution analysis", 1),
     "ld4mrec": ("diffusion_rec.task", {}, "LD4MRec", "light diffusion over a user's behaviour", 1),
-    "galip": ("gan.task", {}, "GALIP, CVPR 2023", "text to image, CLIP in generator and discriminator", 8),
-    "denet": ("edit.task", {}, "DE-Net, AAAI 2023", "text-guided editing by dynamic composition", 12),
-    "storyimager": ("story.task", {}, "StoryImager, ECCV 2024", "visualise, continue and complete stories", 15),
-    "dualvgr": ("videoqa.task", {}, "DualVGR, TMM 2021", "graph reasoning for video question answering", 5),
+    "galip": ("gan.task", {}, "GALIP, CVPR 2023", "text to image, CLIP in generator and discriminator", 15),
+    "denet": ("edit.task", {}, "DE-Net, AAAI 2023", "text-guided editing by dynamic composition", 9),
+    "storyimager": ("story.task", {}, "StoryImager, ECCV 2024", "visualise, continue and complete stories", 11),
+    "dualvgr": ("videoqa.task", {}, "DualVGR, TMM 2021", "graph reasoning for video question answering", 3),
 }
 HELPERS = {  # rivals and pretraining: the same command, the same files
     "lightgcn": ("gcn.task", {"model": "lightgcn"}, "LightGCN, SIGIR 2020", "rival of mvgcn: behaviour only", 1),
     "vbpr": ("gcn.task", {"model": "vbpr"}, "VBPR, AAAI 2016", "rival of mvgcn: content without graphs", 1),
     "popularity": ("gcn.task", {"model": "popularity"}, "-", "rival of mvgcn: most clicked first", 1),
-    "clip": ("data.pretrain", {}, "CLIP, ICML 2021", "trains what is shipped in data/weights/", 23),
+    "clip": ("data.pretrain", {}, "CLIP, ICML 2021", "trains what is shipped in data/weights/", 26),
 }
 ALIASES = {"mgcn": "mvgcn"}
 MAY_CHANGE = {"steps", "eval_every", "patience", "root"}    # may differ between a checkpoint and the run resuming it
@@ -71,7 +71,7 @@ def list_models():
     print("python train.py NAME [--option=value ...]       NAME --help lists the options\n")
     for group in (MODELS, HELPERS):
         for name, (module, _, paper, line, minutes) in group.items():
-            here = f"{minutes:2} min on two CPU cores" if module_file(module).exists() else "not here yet"
+            here = f"{minutes:2} CPU-minutes" if module_file(module).exists() else "not here yet"
             done = Path("runs") / f"{name}-default" / "result.json"
             if done.exists():
                 result = json.loads(done.read_text())
