@@ -1,8 +1,8 @@
-"""Charts of a run: curves, scatter plots, histograms, bars. Pillow only.
+"""Charts of a run: curves, histograms, bars. Pillow only.
 
-They are laid out in points, drawn FINE / SHARP times larger and reduced, so thin lines are smooth; letters
-are set afterwards at the final size. Every label is measured with the font before anything is placed: the
-plot keeps its size and the picture grows around it, so no label is ever clipped and no two overlap.
+They are laid out in points, drawn FINE / SHARP times larger and reduced, so thin lines are smooth; letters are set afterwards
+at the final size. Every label is measured with the font before anything is placed: the plot keeps its size and the picture
+grows around it, so no label is ever clipped and no two overlap.
 """
 import functools
 import math
@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000",      # Okabe and Ito
-           "#8A6D3B")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8A6D3B")          # Okabe and Ito
 INK, GREY, PALE, PAPER = "#222222", "#6F6F6F", "#E4E4E4", "#FFFFFF"
 FINE, SHARP = 4, 2              # pixels per point while drawing, and in the file
 PLOT = 300                      # width of the space between a panel's axes, in points
@@ -49,7 +48,8 @@ def save(image, path):
     image.save(path)
 
 
-# ---- charts ------------------------------------------------------------------------------------------------
+# -- a sheet, and numbers on it ------------------------------------------------------------------------------
+
 
 class Canvas:
     """A white sheet measured in points: shapes are drawn fine and reduced, text is set last."""
@@ -72,7 +72,7 @@ class Canvas:
         elif len(points) > 1:
             self.draw.line(points, colour, pen, joint="curve")
 
-    def dot(self, x, y, colour, radius=2.0):
+    def dot(self, x, y, colour, radius):
         self.draw.ellipse([side * FINE for side in (x - radius, y - radius, x + radius, y + radius)], colour)
 
     def box(self, x0, y0, x1, y1, colour):
@@ -105,9 +105,10 @@ def ticks(low, high, count=5):
 
 def tick_labels(values):
     """Labels of one axis, all with the same number of decimals."""
-    if max(map(abs, values)) >= 1e7 or 0 < max(map(abs, values)) < 1e-3:
+    largest = max(map(abs, values), default=0)
+    if largest >= 1e7 or 0 < largest < 1e-3:
         return [number(v) for v in values]
-    decimals = max(len(f"{v:.9f}".rstrip("0").split(".")[1]) for v in values)
+    decimals = max((len(f"{v:.9f}".rstrip("0").split(".")[1]) for v in values), default=0)
     return [f"{v:,.{decimals}f}" for v in values]
 
 
@@ -137,8 +138,24 @@ def spread_out(wanted, gap, low, high):
     return place
 
 
-def finite(xs, ys):
-    return [(float(x), float(y)) for x, y in zip(xs, ys, strict=True) if math.isfinite(x + y)]
+# -- curves --------------------------------------------------------------------------------------------------
+
+
+def curves(path, panels, xlabel="step", outline=False):
+    """Panels side by side, each (title, {label: (xs, ys)}, {level label: y}); labels at the ends of lines.
+
+    Values that are not finite are left out. A line of more than 80 points is drawn pale, with its running mean on top.
+    outline   of a histogram: it stands on zero, is never smoothed and is labelled at its peak, without a value
+    """
+    plots = [layout(*panel, outline) for panel in panels]
+    height = max(plot["height"] for plot in plots)
+    top = max(16 * len(plot["title"]) for plot in plots) + 14
+    canvas = Canvas(sum(plot["width"] for plot in plots), top + height + 40)
+    left = 0
+    for plot in plots:
+        draw_panel(canvas, plot, left, top, height, xlabel)
+        left += plot["width"]
+    canvas.save(path)
 
 
 def smooth(points):
@@ -151,47 +168,28 @@ def smooth(points):
     return [(x, (sums[b] - sums[a]) / (b - a)) for (x, _), (a, b) in zip(points, window, strict=True)]
 
 
-def curves(path, panels, xlabel="step", marks="line"):
-    """Panels side by side, each (title, {label: (xs, ys)}, {level label: y}); labels at the ends of lines.
-
-    Values that are not finite are left out. A line of more than 80 points is drawn pale, with its running
-    mean on top.
-    marks   "line", "dots" (a scatter plot) or "steps" (an outline); the last two are labelled without a value
-    """
-    plots = [layout(*panel, marks) for panel in panels]
-    height = max(plot["height"] for plot in plots)
-    top = max(16 * len(plot["title"]) for plot in plots) + 14
-    canvas = Canvas(sum(plot["width"] for plot in plots), top + height + 40)
-    left = 0
-    for plot in plots:
-        draw_panel(canvas, plot, left, top, height, xlabel)
-        left += plot["width"]
-    canvas.save(path)
-
-
-def layout(title, lines, levels, marks):
+def layout(title, lines, levels, outline):
     """What must be known of a panel before the canvas has a size: ranges, ticks, labels and their room."""
-    lines = {label: finite(*line) for label, line in lines.items()}
+    lines = {label: [(float(x), float(y)) for x, y in zip(*line, strict=True) if math.isfinite(x + y)]
+             for label, line in lines.items()}
     lines = {label: points for label, points in lines.items() if points}
-    means = {label: smooth(points) for label, points in lines.items() if marks == "line" and len(points) > 80}
+    means = {label: smooth(points) for label, points in lines.items() if not outline and len(points) > 80}
     levels = {label: y for label, y in levels.items() if math.isfinite(y)}
     ys = [y for points in lines.values() for _, y in points] + list(levels.values()) or [0.0, 1.0]
     xs = [x for points in lines.values() for x, _ in points] or [0.0, 1.0]
-    pad = 0.06 * (max(ys) - min(ys)) or 0.1 * abs(ys[0]) or 1.0
-    x_pad = 0.5 if min(xs) == max(xs) else 0.03 * (max(xs) - min(xs)) * (marks == "dots")
-    x, y = (min(xs) - x_pad, max(xs) + x_pad), (0.0 if marks == "steps" else min(ys) - pad, max(ys) + pad)
+    pad, x_pad = 0.06 * (max(ys) - min(ys)) or 0.1 * abs(ys[0]) or 1.0, 0.5 * (min(xs) == max(xs))
+    x, y = (min(xs) - x_pad, max(xs) + x_pad), (0.0 if outline else min(ys) - pad, max(ys) + pad)
     whole = all(v == round(v) for v in xs)                           # no tick at step 1.5
     for n in (6, 5, 4, 3, 2):
         x_ticks = [t for t in ticks(*x, n) if not whole or t == round(t)]
-        if sum(measure(label, 8) + 14 for label in tick_labels(x_ticks or [0])) < PLOT:
+        if sum(measure(label, 8) + 14 for label in tick_labels(x_ticks)) < PLOT:
             break
     names = [f"{label} {number(v)}" for label, v in levels.items()]
-    names += [f"{label} {number(means.get(label, points)[-1][1])}" if marks == "line" else label
-              for label, points in lines.items()]
+    names += [label if outline else f"{label} {number(means.get(label, points)[-1][1])}" for label, points in lines.items()]
     left = max(measure(label, 8) for label in tick_labels(ticks(*y))) + 26
     right = max(map(measure, names), default=0) + 26
     return {"title": wrap(title, (PLOT + right) * SHARP, 11 * SHARP), "lines": lines, "means": means,
-            "levels": levels, "marks": marks, "x": x, "y": y, "x_ticks": x_ticks, "y_ticks": ticks(*y),
+            "levels": levels, "outline": outline, "x": x, "y": y, "x_ticks": x_ticks, "y_ticks": ticks(*y),
             "names": names, "left": left, "width": left + PLOT + right, "height": max(190, 13 * len(names))}
 
 
@@ -200,28 +198,29 @@ def draw_panel(canvas, plot, left, top, height, xlabel):
     x0, x1, y0, y1 = left + plot["left"], left + plot["left"] + PLOT, top + height, top
     (low_x, high_x), (low_y, high_y) = plot["x"], plot["y"]
 
-    def place(x, y):
-        right, up = (x - low_x) / (high_x - low_x), (y - low_y) / (high_y - low_y)
-        return x0 + (x1 - x0) * right, y0 + (y1 - y0) * up
+    def across(x):
+        return x0 + (x1 - x0) * ((x - low_x) / (high_x - low_x))
+
+    def up(y):
+        return y0 + (y1 - y0) * ((y - low_y) / (high_y - low_y))
 
     for i, line in enumerate(plot["title"]):
         canvas.text(x0, 14 + 14 * i, line, 11, anchor="lm")
-    for y, label in zip(plot["y_ticks"], tick_labels(plot["y_ticks"]), strict=True):
-        canvas.line([(x0, place(low_x, y)[1]), (x1, place(low_x, y)[1])], PALE, 0.5)
-        canvas.text(x0 - 6, place(low_x, y)[1], label, 8, GREY, "rm")
+    for y, label in zip(map(up, plot["y_ticks"]), tick_labels(plot["y_ticks"]), strict=True):
+        canvas.line([(x0, y), (x1, y)], PALE, 0.5)
+        canvas.text(x0 - 6, y, label, 8, GREY, "rm")
     canvas.line([(x0, y0), (x1, y0)], GREY, 0.6)
-    for x, label in zip(plot["x_ticks"], tick_labels(plot["x_ticks"] or [0]), strict=bool(plot["x_ticks"])):
-        canvas.line([(place(x, 0)[0], y0), (place(x, 0)[0], y0 + 3)], GREY, 0.6)
-        canvas.text(place(x, 0)[0], y0 + 11, label, 8, GREY, "mm")
+    for x, label in zip(map(across, plot["x_ticks"]), tick_labels(plot["x_ticks"]), strict=True):
+        canvas.line([(x, y0), (x, y0 + 3)], GREY, 0.6)
+        canvas.text(x, y0 + 11, label, 8, GREY, "mm")
     canvas.text((x0 + x1) / 2, y0 + 26, xlabel, 9, GREY, "mm")
-    ends, colours = [], [GREY] * len(plot["levels"])
-    for y in plot["levels"].values():
-        canvas.line([(x0, place(low_x, y)[1]), (x1, place(low_x, y)[1])], GREY, 0.8, dash=3)
-        ends.append((x1, place(low_x, y)[1]))
+    ends, colours = [(x1, up(y)) for y in plot["levels"].values()], [GREY] * len(plot["levels"])
+    for _, y in ends:
+        canvas.line([(x0, y), (x1, y)], GREY, 0.8, dash=3)
     for i, (label, points) in enumerate(plot["lines"].items()):
         colours.append(PALETTE[i % len(PALETTE)])
-        drawn, mean = ([place(*p) for p in line] for line in (points, plot["means"].get(label, [])))
-        ends.append(draw_line(canvas, drawn, mean, colours[-1], plot["marks"], x1))
+        drawn, mean = ([(across(x), up(y)) for x, y in line] for line in (points, plot["means"].get(label, [])))
+        ends.append(draw_line(canvas, drawn, mean, colours[-1], x1 if plot["outline"] else None))
     heights = spread_out([y for _, y in ends], 12, y1, y0)
     for (x, y), place_y, name, colour in zip(ends, heights, plot["names"], colours, strict=True):
         if abs(place_y - y) > 3 or x1 - x > 3:                       # a hair from the line's end to its label
@@ -231,17 +230,13 @@ def draw_panel(canvas, plot, left, top, height, xlabel):
         canvas.text((x0 + x1) / 2, (y0 + y1) / 2, "nothing measured yet", 9, GREY, "mm")
 
 
-def draw_line(canvas, points, mean, colour, marks, right):
-    """One line (or its dots, or its steps) on the canvas; returns the place that its label belongs to."""
-    if marks == "dots":
-        for x, y in points:
-            canvas.dot(x, y, colour, 1.3)
-        return right, sum(y for _, y in points) / len(points)
+def draw_line(canvas, points, mean, colour, right):
+    """One line; returns the place that its label belongs to: its end, or for an outline its peak on the right."""
     if mean:
         canvas.line(points, tint(colour), 0.6)
     canvas.line(mean or points, colour, 1.2)
-    if marks == "steps":
-        return right, min(y for _, y in points)                      # the peak: y runs downwards
+    if right is not None:
+        return right, min(y for _, y in points)                      # y runs downwards
     if len(points) <= 25:                                            # few enough to see what was measured
         for x, y in points:
             canvas.dot(x, y, colour, 1.6)
@@ -253,19 +248,17 @@ def tint(colour, white=0.72):
     return "#" + "".join(f"{round(part * (1 - white) + 255 * white):02x}" for part in parts)
 
 
-def bars(path, values, title, level=None, errors=None, level_label="chance"):
-    """Horizontal bars, each with its name on the left and its number at its end.
+# -- bars and histograms -------------------------------------------------------------------------------------
 
-    values {label: number}; level: a dashed line (chance); errors {label: standard deviation}: a whisker
-    """
+
+def bars(path, values, title, level=None, level_label="chance"):
+    """Horizontal bars, each with its name on the left and its number at its end.   values {label: number}; level: a dashed line"""
     if not values:
         raise ValueError(f"there is no bar to draw in {path}")
-    spreads = {label: (errors or {}).get(label, 0.0) for label in values}
-    ends = [v + s * spreads[label] for label, v in values.items() for s in (-1, 1)] + [0.0, level or 0.0]
+    ends = [*values.values(), 0.0, level or 0.0]
     low, high = min(ends), max(ends)
     high = high if high > low else low + 1
     texts = {label: number(float(f"{v:.4g}")) for label, v in values.items()}
-    texts |= {label: f"{texts[label]} ± {number(float(f'{s:.2g}'))}" for label, s in spreads.items() if s}
     names = {label: wrap(label, 200 * SHARP, 9 * SHARP) for label in values}
     tall = {label: max(20, 11 * len(lines) + 7) for label, lines in names.items()}
     room = max([0, *(measure(texts[label]) + 8 for label, v in values.items() if v < 0)])   # their numbers
@@ -277,15 +270,12 @@ def bars(path, values, title, level=None, errors=None, level_label="chance"):
     for i, line in enumerate(heading):
         canvas.text(12, 14 + 14 * i, line, 11)
     for label, value in values.items():
-        zero, tip, near, far = (start + 280 * (v - low) / (high - low)
-                                for v in (0, value, value - spreads[label], value + spreads[label]))
+        zero, tip = (start + 280 * (v - low) / (high - low) for v in (0, value))
         middle = top + tall[label] / 2
         for i, line in enumerate(names[label]):
             canvas.text(left, middle + 11 * (i - (len(names[label]) - 1) / 2), line, 9, INK, "rm")
         canvas.box(min(zero, tip), middle - 6, max(zero, tip), middle + 6, PALETTE[0])
-        if spreads[label]:
-            canvas.line([(near, middle), (far, middle)], INK, 0.8)
-        x, anchor = (far + 6, "lm") if value >= 0 else (near - 6, "rm")
+        x, anchor = (tip + 6, "lm") if value >= 0 else (tip - 6, "rm")
         canvas.text(x, middle, texts[label], 9, GREY, anchor)
         top += tall[label]
     if level is not None:
@@ -296,7 +286,7 @@ def bars(path, values, title, level=None, errors=None, level_label="chance"):
     canvas.save(path)
 
 
-def histogram(path, panels, bins=24, xlabel="value"):
+def histogram(path, panels, bins=24):
     """Outlines of histograms, panels (title, {label: values}): the share of values in each of common bins."""
     plots = []
     for title, groups in panels:
@@ -309,4 +299,4 @@ def histogram(path, panels, bins=24, xlabel="value"):
             share = torch.histc(x[x.isfinite()], bins, float(edges[0]), float(edges[-1])) / max(1, len(x))
             lines[label] = (edges.repeat_interleave(2)[1:-1].tolist(), share.repeat_interleave(2).tolist())
         plots.append((title, lines, {}))
-    curves(path, plots, xlabel, marks="steps")
+    curves(path, plots, "value", outline=True)

@@ -1,7 +1,7 @@
 """Pictures that a run leaves behind: captioned grids, heat maps, film strips, GIFs, charts. Pillow only.
 
-Images are (3, H, W), (1, H, W) or (H, W) tensors in [-1, 1], or Pillow images; every function takes either.
-Captions are wrapped as the font measures them and rows grow with the longest, so no caption is ever clipped.
+Images are (3, H, W), (1, H, W) or (H, W) tensors in [-1, 1], or Pillow images; every function takes either. Captions are
+wrapped as the font measures them and rows grow with the longest, so no caption is ever clipped.
 `python -m data.pictures PAGE.png "a caption=picture.png" ...` puts finished pictures, or their upper parts, on one page.
 """
 import sys
@@ -9,12 +9,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from torch.nn import functional as F
 
-from data.charts import INK, PALE, PALETTE, PAPER, SHARP, bars, curves, font, histogram, save, wrap
+from data.charts import INK, PAPER, SHARP, bars, curves, font, histogram, save, wrap
 
-__all__ = ["PALETTE", "bars", "curves", "gif", "grid", "heat", "histogram", "overlay", "panels", "strip",
-           "to_pil"]
+__all__ = ["bars", "curves", "gif", "grid", "heat", "histogram", "panels", "strip", "to_pil"]
 HEAT = ((0, 0, 4), (60, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191))   # 0 to 1
 
 
@@ -26,8 +24,7 @@ def to_pil(image):
     if pixels.dim() == 2 or pixels.dim() == 3 and len(pixels) == 1:
         pixels = pixels.expand(3, -1, -1)
     if pixels.dim() != 3 or pixels.shape[0] != 3 or not pixels.isfinite().all():
-        raise ValueError("a picture must be (3, H, W), (1, H, W) or (H, W) of finite numbers, got "
-                         f"{tuple(image.shape)}")
+        raise ValueError(f"a picture must be (3, H, W), (1, H, W) or (H, W) of finite numbers, got {tuple(image.shape)}")
     pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
@@ -41,18 +38,6 @@ def heat(values):
     x = values.detach().float().cpu().clamp(0, 1) * (len(stops) - 1)
     low = x.floor().clamp(max=len(stops) - 2).long()
     return torch.lerp(stops[low], stops[low + 1], (x - low)[..., None]).permute(2, 0, 1)
-
-
-def overlay(image, values, alpha=0.5):
-    """A heat map over the grey picture: colour shows the map, brightness the picture.   -> (3, H, W)
-
-    values (h, w) of any size: enlarged smoothly to the picture's.
-    """
-    image = image.detach().float().cpu()
-    grey = image.mean(0, keepdim=True).expand(3, -1, -1)
-    values = F.interpolate(values.detach().float().cpu()[None, None], image.shape[1:], mode="bilinear")[0, 0]
-    weight = alpha * (2 * values).clamp(0, 1)                # where the map is low the picture stays as it is
-    return (1 - weight) * grey + weight * heat(values)
 
 
 def resized(image, width):
@@ -95,35 +80,31 @@ def grid(path, images, captions=None, columns=4, title=None, size=96):
     captions = [None] * len(images) if captions is None else captions
     if len(captions) != len(images):
         raise ValueError(f"{len(captions)} captions for {len(images)} pictures in {path}: one each, or none")
-    cells = list(zip(images, captions, strict=True))
-    panels(path, [cells[i : i + columns] for i in range(0, len(cells), columns)], size, title)
+    panels(path, lines(list(zip(images, captions, strict=True)), columns), size, title)
 
 
-def film(image, weight=None):
-    """A frame between two rows of sprocket holes; a weight in [0, 1] adds a bar of that length under it."""
+def lines(cells, columns):
+    """Cells broken into rows of at most `columns`."""
+    return [cells[i : i + columns] for i in range(0, len(cells), columns)]
+
+
+def film(image):
+    """A frame between two rows of sprocket holes."""
     hole, band, edge = image.width / 16, round(image.width / 10), round(image.width / 50)
-    bar = band // 2 if weight is not None else 0
-    sheet = Image.new("RGB", (image.width, image.height + 2 * band + 2 * bar), PAPER)
+    sheet = Image.new("RGB", (image.width, image.height + 2 * band), INK)
     draw = ImageDraw.Draw(sheet)
-    draw.rectangle([0, 0, image.width, image.height + 2 * band - 1], INK)
     sheet.paste(image.resize((image.width - 2 * edge, image.height)), (edge, band))
     for k in range(8):
         for y in ((band - hole) / 2, image.height + band + (band - hole) / 2):
             draw.rounded_rectangle([(2 * k + 0.5) * hole, y, (2 * k + 1.5) * hole, y + hole], hole / 4, PAPER)
-    if weight is not None:
-        y0, y1, wide = sheet.height - bar, sheet.height - 1, image.width - 2 * edge
-        draw.rectangle([edge, y0, edge + wide - 1, y1], PALE)
-        draw.rectangle([edge, y0, edge + max(1, min(1.0, float(weight)) * wide) - 1, y1], PALETTE[1])
     return sheet
 
 
-def strip(path, frames, captions=None, size=112, title=None, weights=None, columns=8):
-    """A story or a clip on film.   frames (F, 3, H, W), weights (F,) in [0, 1]: relevance, a bar each"""
+def strip(path, frames, captions=None, size=112, columns=8):
+    """A story or a clip on film.   frames (F, 3, H, W)"""
     captions = captions or [None] * len(frames)
-    weights = [None] * len(frames) if weights is None else weights
-    cells = [(film(resized(frame, size), weight), caption)
-             for frame, caption, weight in zip(frames, captions, weights, strict=True)]
-    panels(path, [cells[i : i + columns] for i in range(0, len(cells), columns)], size, title, gap=0)
+    cells = [(film(resized(frame, size)), caption) for frame, caption in zip(frames, captions, strict=True)]
+    panels(path, lines(cells, columns), size, gap=0)
 
 
 def gif(path, frames, ms=200, size=192):
@@ -142,7 +123,7 @@ def page(path, words, columns=2, size=440):
         file, _, share = file.partition("@")
         image = Image.open(file)
         cells.append((image.crop((0, 0, image.width, round(image.height * float(share or 1)))), caption))
-    panels(path, [cells[i : i + columns] for i in range(0, len(cells), columns)], size)
+    panels(path, lines(cells, columns), size)
 
 
 if __name__ == "__main__":
