@@ -30,6 +30,11 @@ def ink(table):
     return torch.tensor([[int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)] for code in table.values()])
 
 
+def pick(scene, rows):
+    """Some rows of a scene, or of any dict of tensors that share their first dimension."""
+    return {name: value[rows] for name, value in scene.items()}
+
+
 # -- chance: numbers that depend on a key alone --------------------------------------------------------------
 
 
@@ -234,8 +239,8 @@ def render(scene, size=64):
     masks = torch.zeros(total, slots, size, size, device=scene["key"].device)
     step = max(1, CHUNK.get(pictures.device.type, 2**18) // size**2)
     for start in range(0, total, step):
-        part = {name: value[start : start + step] for name, value in scene.items()}
-        paint(part, size, pictures[start : start + step], masks[start : start + step])
+        rows = slice(start, start + step)
+        paint(pick(scene, rows), size, pictures[rows], masks[rows])
     return pictures, masks
 
 

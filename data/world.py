@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from data.batches import generator, seed_from
-from data.draw import BACKGROUNDS, COLOURS, PATTERNS, REACH, SHAPES, TEXTURES, hashed, render, uniform
+from data.draw import BACKGROUNDS, COLOURS, PATTERNS, REACH, SHAPES, TEXTURES, hashed, pick, render, uniform
 from data.pictures import grid
 
 COLOUR, BACKGROUND = tuple(COLOURS), tuple(BACKGROUNDS)          # names in the order of their ids
@@ -26,7 +26,7 @@ ROWS = 2**20                                                     # scenes in eac
 VALUES = {"shape": SHAPES, "colour": COLOUR, "texture": TEXTURES, "size": SIZES,
           "background": BACKGROUND, "pattern": PATTERNS}
 
-RADIUS = (0.36, 0.58)               # small and large, times CROWD[number of objects - 1]: "large" is relative
+RADIUS = (0.36, 0.58)              # small and large, times CROWD[number of objects - 1]: "large" is relative
 CROWD = (1.0, 0.74, 0.6)           # to how many share the picture; with one number of objects they never meet
 SPREAD, GAP, TRIES = 0.06, 0.07, 96          # radii vary by 6 %; least distance of two objects; layouts tried
 
@@ -37,8 +37,8 @@ SPREAD, GAP, TRIES = 0.06, 0.07, 96          # radii vary by 6 %; least distance
 def held_out():
     """Which combinations are kept for the split "unseen".   -> (8, 8, 3) bool, True for 24 of 192
 
-    One random permutation a texture: every shape and colour is held out three times, every texture eight, no
-    pair of shape and colour twice (the seed was chosen so): one attribute says little about another.
+    One random permutation a texture: every shape and colour is held out three times, every texture eight, no pair of shape
+    and colour twice (the seed was chosen so): one attribute says little about another.
     """
     kept = torch.zeros(len(SHAPES), len(COLOUR), len(TEXTURES), dtype=torch.bool)
     for t in range(len(TEXTURES)):
@@ -49,14 +49,19 @@ def held_out():
 HELD_OUT = held_out()
 
 
+def combinations(split):
+    """Which shape, colour and texture go together in a split.   -> (8, 8, 3) bool"""
+    return HELD_OUT if split == "unseen" else ~HELD_OUT
+
+
 def keys(index, seed, split, view=0):
     """One 63-bit key a row: every random choice of the row is drawn from it.   -> (B,) int64"""
     index = torch.as_tensor(index if torch.is_tensor(index) else list(index), dtype=torch.long)
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}; the built-in world has {', '.join(SPLITS)}")
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < ROWS:
-        raise ValueError(f"rows of the built-in world run from 0 to {ROWS - 1}; asked for {int(index.min())} "
-                         f"to {int(index.max())}")
+        raise ValueError(f"rows of the built-in world run from 0 to {ROWS - 1}; "
+                         f"asked for {int(index.min())} to {int(index.max())}")
     # Splits and views are other seeds, so row 7 of "test" has nothing to do with row 7 of "train".
     return hashed(index + seed_from(seed, SPLITS.index(split), view), 1)[:, 0]
 
@@ -67,13 +72,18 @@ def choose(u, allowed):
     return (allowed.cumsum(-1) > rank[..., None]).int().argmax(-1)
 
 
+def design(u, allowed):
+    """An allowed combination.   u (...) in [0, 1), allowed (..., 8, 8, 3) bool -> {shape, colour, texture: (...) int64}"""
+    combination = choose(u, allowed.flatten(-3))
+    return {"shape": combination // 24, "colour": combination // 3 % 8, "texture": combination % 3}
+
+
 def scenes(index, seed=0, split="train", objects=(1, 3), count=None, view=0):
-    """Draw scenes.   index: rows of the split; objects: least and most in a picture -> dict of tensors
+    """Draw scenes.   index: rows of the split; objects: least and most in a picture
 
-    count (B,) fixes how many each has; views are told apart by a number, so that no two share their scenes.
-
-    present (B, O) bool; shape, colour, texture, size (B, O) int64; radius, angle, tone (B, O) and
-    centre (B, O, 2) float32; background, pattern, key (B,) int64; light (B,) float32. Objects keep apart.
+    count    (B,) fixes how many each has; views are told apart by a number, so that no two share their scenes
+    returns  present (B, O) bool; shape, colour, texture, size (B, O) int64; radius, angle, tone (B, O) and centre (B, O, 2)
+             float32; background, pattern, key (B,) int64; light (B,) float32. Objects keep apart
     """
     key = keys(index, seed, split, view)
     slots = objects[1]
@@ -81,11 +91,9 @@ def scenes(index, seed=0, split="train", objects=(1, 3), count=None, view=0):
     if count is None:
         count = objects[0] + (u[:, 0] * (slots - objects[0] + 1)).long()
     of = u[:, 4:].view(-1, 6, slots)                                       # (B, 6, O)
-    combination = choose(of[:, 0], (HELD_OUT if split == "unseen" else ~HELD_OUT).flatten())
     size = (of[:, 1] * 2).long()
     radius = torch.tensor(RADIUS)[size] * torch.tensor(CROWD)[count - 1, None]                 # (B, O)
-    scene = {"present": torch.arange(slots) < count[:, None],
-             "shape": combination // 24, "colour": combination // 3 % 8, "texture": combination % 3,
+    scene = {"present": torch.arange(slots) < count[:, None], **design(of[:, 0], combinations(split)),
              "size": size, "radius": radius * (1 + SPREAD * (2 * of[:, 2] - 1)),
              "angle": (of[:, 3] - 0.5) * 0.5,                              # tilts of at most 14 degrees
              "tone": (of[:, 4] - 0.5) * 0.07, "light": (u[:, 3] - 0.5) * 0.06,   # lighter or darker, a little
@@ -109,24 +117,22 @@ def place(key, radius, present):
     return centre[torch.arange(len(key)), best]
 
 
-def pick(scene, rows):
-    """Some rows of a scene, or of any dict of tensors that share their first dimension."""
-    return {name: value[rows] for name, value in scene.items()}
-
-
 def to(scene, device):
     return {name: value.to(device) for name, value in scene.items()}
 
 
 def facts(scene):
     """A scene in words.   -> B dicts: background, pattern, objects: [{shape, colour, texture, size, x, y}]"""
-    lists = {name: scene[name].tolist() for name in ("present", "centre", *VALUES)}
-    return [{"background": BACKGROUND[lists["background"][b]], "pattern": PATTERNS[lists["pattern"][b]],
-             "objects": [{"shape": SHAPES[lists["shape"][b][o]], "colour": COLOUR[lists["colour"][b][o]],
-                          "texture": TEXTURES[lists["texture"][b][o]], "size": SIZES[lists["size"][b][o]],
-                          "x": lists["centre"][b][o][0], "y": lists["centre"][b][o][1]}
-                         for o, here in enumerate(present) if here]}
-            for b, present in enumerate(lists["present"])]
+    present, centre, *ids = (scene[name].tolist() for name in ("present", "centre", *VALUES))
+    shape, colour, texture, size, background, pattern = ids
+
+    def thing(b, o):
+        x, y = centre[b][o]
+        return {"shape": SHAPES[shape[b][o]], "colour": COLOUR[colour[b][o]], "texture": TEXTURES[texture[b][o]],
+                "size": SIZES[size[b][o]], "x": x, "y": y}
+
+    return [{"background": BACKGROUND[background[b]], "pattern": PATTERNS[pattern[b]],
+             "objects": [thing(b, o) for o, here in enumerate(row) if here]} for b, row in enumerate(present)]
 
 
 # -- sentences -----------------------------------------------------------------------------------------------
@@ -289,8 +295,6 @@ OTHER = """a an and against background on in the of there is are with picture no
     stands walks jumps stand walk jump how many what which way does do doing thing things that moves moving
     move turns stays still rotating static more fewer as than same colour size come before yes up down
     0 1 2 3"""
-
-
 # All of them, in alphabetical order: the small CLIP reads one token a word.
 WORDS = tuple(sorted({*(word for table in VALUES.values() for v in table for word in SYNONYMS.get(v, (v,))),
                       *PLURALS.values(), *PLACES.values(), *KINDS, *MATERIALS, *OTHER.split(),
@@ -300,11 +304,11 @@ WORDS = tuple(sorted({*(word for table in VALUES.values() for v in table for wor
 # -- commands ------------------------------------------------------------------------------------------------
 
 
-def bench(size=64, count=2048):
+def bench(count=2048):
     """How many a second, by the clock and by the processor's time: they differ when the machine is shared."""
     scene = scenes(range(count))
-    print(f"{count} scenes, {size} x {size}, {torch.get_num_threads()} thread(s): best of five")
-    jobs = {"sample scenes": lambda: scenes(range(count)), "render": lambda: render(scene, size),
+    print(f"{count} scenes, 64 x 64, {torch.get_num_threads()} thread(s): best of five")
+    jobs = {"sample scenes": lambda: scenes(range(count)), "render": lambda: render(scene),
             "write captions": lambda: captions(scene, 2)}
     for what, work in jobs.items():
         seconds = []
@@ -316,12 +320,12 @@ def bench(size=64, count=2048):
         print(f"{what:16}{wall:10,.0f} a second  {busy:10,.0f} a CPU-second")
 
 
-def sheet(path, count=32, seed=0, split="train"):
+def sheet(path, count=32):
     """A page of pictures under which caption 0, 1, 2, ... of each is written."""
-    scene = scenes(range(count), seed, split)
+    scene = scenes(range(count))
     texts = [captions(pick(scene, slice(b, b + 1)), b)[0] for b in range(count)]
     grid(path, render(scene, 160)[0], texts, columns=8, title="The built-in world")
-    print(f"wrote {path}: {count} pictures of split {split}, seed {seed}")
+    print(f"wrote {path}: {count} pictures of the split train")
 
 
 if __name__ == "__main__":
