@@ -29,6 +29,7 @@ LISTED = {                            # name: where the picture of a key lies; {
     "flowers": ("oxford-102-flowers/images/{key}.jpg", "images/{key}.jpg"),
     "cc3m": ("images/{key}.jpg",), "cc12m": ("images/{key}.jpg",)}
 NAMES = ("builtin", *LISTED, *PACKS, "folder", "npz")
+ALIASES = {"cub": "birds"}
 
 
 @dataclass
@@ -65,7 +66,7 @@ def load(name="builtin", root="", split="train", size=64, seed=0, holdout=0.1, o
     objects   builtin: least and most things in a picture
     raises    FileNotFoundError or ValueError: one sentence with the file, the row and what was expected
     """
-    name = {"cub": "birds"}.get(name, name)
+    name = ALIASES.get(name, name)
     check_name(name, NAMES, root, split, "captions")
     root = Path(root)
     if name == "builtin":
@@ -109,26 +110,25 @@ def listed(name, root, part, size):
     keys = read_keys(root / part)
     files = find_pictures(root, LISTED[name], keys, part)
     texts = [read_captions(root, key) for key in keys]
-    birds = name == "birds"
-    boxes = read_boxes(root / "CUB_200_2011") if birds else {}
-    if lost := [key for key in keys if birds and key not in boxes]:
-        raise ValueError(f"{root / 'CUB_200_2011'}: {lost[0]} has no line in images.txt and "
-                         "bounding_boxes.txt")
+    boxes, extra = {}, {}
+    if name == "birds":
+        boxes = read_boxes(root / "CUB_200_2011")
+        if lost := [key for key in keys if key not in boxes]:
+            raise ValueError(f"{root / 'CUB_200_2011'}: {lost[0]} has no line in images.txt and bounding_boxes.txt")
+        if odd := [key for key in keys if not key[:3].isdecimal()]:
+            raise ValueError(f"{root / part}: key {odd[0]!r:.60} does not start with the number of its class")
+        extra = {"class_id": [int(key[:3]) for key in keys]}
 
     def decode(row):
         image = safe.open_image(files[row])
         return shrink(cut_to_box(image, boxes[keys[row]], files[row]) if boxes else image, size)
 
-    if odd := [key for key in keys if birds and not key[:3].isdecimal()]:
-        raise ValueError(f"{root / part}: key {odd[0]!r:.60} does not start with the number of its class")
-    extra = {"class_id": [int(key[:3]) for key in keys]} if birds else {}
     return Captions(name, size, texts, keys, cropped(cached(decode), size, True), extra)
 
 
 def find_pictures(root, patterns, keys, part):
     """The picture of every key, by the first pattern under which the first key has one."""
-    tables = [[root / pattern.format(key=key, set=(key.split("_") + [""])[1]) for key in keys]
-              for pattern in patterns]
+    tables = [[root / pattern.format(key=key, set=(key.split("_") + [""])[1]) for key in keys] for pattern in patterns]
     files = next((table for table in tables if table[0].is_file()), tables[0])
     return [safe.there(file, f"{root / part} lists it; take it out of the list, or copy it there") for file in files]
 
@@ -136,7 +136,7 @@ def find_pictures(root, patterns, keys, part):
 def read_keys(part):
     """The keys of one part: filenames.txt, one a line, or the official filenames.pickle."""
     if (part / "filenames.txt").is_file():
-        keys = [line.strip() for line in safe.read_text(part / "filenames.txt").splitlines() if line.strip()]
+        keys = safe.read_lines(part / "filenames.txt")
     else:
         keys = safe.load_pickle(part / "filenames.pickle", hint="a list of keys; or filenames.txt")
     if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
@@ -151,19 +151,19 @@ def read_captions(root, key):
     file = root / "text" / f"{key}.txt"
     if not file.is_file() and (short := root / "text" / f"{key.split('_')[0]}.txt").is_file():
         file = short
-    found = sentences_of(file, f"the sentences of {key}, one a line")
+    return sentences_of(file, key)
+
+
+def sentences_of(file, picture):
+    found = safe.read_lines(file, f"the sentences of {picture}, one a line")
     if not found:
-        raise ValueError(f"{file} holds no sentence; write at least one, or take {key} out of filenames")
+        raise ValueError(f"{file} holds no sentence; write at least one, or leave {picture} out")
     return found
-
-
-def sentences_of(file, hint):
-    return [line.strip() for line in safe.read_text(file, hint).splitlines() if line.strip()]
 
 
 def read_boxes(cub):
     """{key: (x, y, w, h)} from images.txt and bounding_boxes.txt, joined on the id, cut to whole pixels."""
-    names = dict(line.strip().partition(" ")[::2] for line in safe.read_text(cub / "images.txt").splitlines())
+    names = dict(line.partition(" ")[::2] for line in safe.read_lines(cub / "images.txt"))
     boxes, file = {}, cub / "bounding_boxes.txt"
     for number, line in enumerate(safe.read_text(file).splitlines(), 1):
         try:
@@ -171,8 +171,7 @@ def read_boxes(cub):
             x, y, w, h = (int(float(value)) for value in box)
             boxes[names[id_].removesuffix(".jpg")] = (x, y, w, h)
         except (ValueError, KeyError, OverflowError) as error:
-            raise ValueError(f"{file}, line {number}: {line!r:.60} is not '<id> x y w h' with an id of "
-                             "images.txt") from error
+            raise ValueError(f"{file}, line {number}: {line!r:.60} is not '<id> x y w h' with an id of images.txt") from error
     return boxes
 
 
@@ -191,6 +190,7 @@ def cut_to_box(image, box, where="the picture"):
 
 
 def pack(name, root, part, size):
+    """One part of a set in PACKS."""
     pictures, texts, _, flip = PACKS[name]
     return open_pack(name, root / pictures.format(part), texts and root / texts.format(part), size, flip)
 
@@ -200,9 +200,10 @@ def open_pack(name, pictures, texts, size, flip):
 
     Pictures of the stored size are returned as they are: no margin, no crop, at most mirrored.
     """
-    images, rows, arrays = read_pack(pictures, texts, 4)
+    images, rows, arrays = read_pack(pictures, texts, "(N, h, w, 3)")
     if rows is None:
-        rows = [{"label": label, "captions": [a_photo_of(label)]} for label in labels_of(arrays, pictures, len(images))]
+        labels = labels_of(arrays, pictures, len(images))
+        rows = [{"label": label, "captions": [f"a photo of {world.article(label)}"]} for label in labels]
     if empty := [n for n, row in enumerate(rows) if not any(row["captions"])]:
         raise ValueError(f"{texts}, line {empty[0] + 1} has no caption; write at least one")
     keys = sorted(set.intersection(*map(set, rows)) - {"captions", "index"})
@@ -227,10 +228,6 @@ def labels_of(arrays, file, count):
     return found
 
 
-def a_photo_of(label):
-    return f"a photo of {'an' if label[0] in 'aeiou' else 'a'} {label}"
-
-
 def concepts(data):
     """What must not be split over train and valid: an emoji in all its tones and genders; else a picture."""
     labels = data.extra.get("base_label")
@@ -244,9 +241,6 @@ def folder(root, size):
     if not files:
         raise safe.missing(root / "*.png", "pictures (png, jpg, webp, bmp), each with a .txt of its name")
     names = [file.relative_to(root).with_suffix("").as_posix() for file in files]
-    texts = [sentences_of(file.with_suffix(".txt"), f"the sentences of {file.name}, one a line")
-             for file in files]
-    if empty := [file for file, told in zip(files, texts, strict=True) if not told]:
-        raise ValueError(f"{empty[0].with_suffix('.txt')} holds no sentence; write at least one line")
+    texts = [sentences_of(file.with_suffix(".txt"), file.name) for file in files]
     decode = cached(lambda row: shrink(safe.open_image(files[row], upright=True), size))
     return Captions(str(root), size, texts, names, cropped(decode, size, False))

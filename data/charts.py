@@ -252,7 +252,7 @@ def tint(colour, white=0.72):
 
 
 def bars(path, values, title, level=None, level_label="chance"):
-    """Horizontal bars, each with its name on the left and its number at its end.   values {label: number}; level: a dashed line"""
+    """Horizontal bars, each with its name on the left and its number at its end.   values {label: number}; level: a line"""
     if not values:
         raise ValueError(f"there is no bar to draw in {path}")
     ends = [*values.values(), 0.0, level or 0.0]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from data import quiz, safe
-from data.parts import FILMS, Lazy, squeeze, to_tensor
+from data.parts import FILMS, Lazy, check_pixels, squeeze, to_tensor
 
 LARGEST = 64 * 2**20                      # bytes of one packed picture: more is not a frame
 VIDEO_FILES = {".mp4", ".avi", ".webm", ".mkv", ".mov"}
@@ -152,9 +152,7 @@ def from_npz(file):
 
 
 def from_array(clip, where):
-    if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or len(clip) < 2:
-        raise ValueError(f"{where} is {clip.dtype} {clip.shape}; a video must be uint8 (F, h, w, 3), two "
-                         "frames or more")
+    check_pixels(clip, "(F, h, w, 3)", where, least=2)
     return Lazy(len(clip), lambda n: Image.fromarray(clip[n]))
 
 

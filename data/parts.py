@@ -85,18 +85,23 @@ def cached(decode, budget=CACHE):
     return fetch
 
 
-def read_pack(pictures, texts, ndim):
-    """`images` uint8 (N, ..., h, w, 3) of an .npz with `ndim` axes, and the N rows of its .jsonl.
+def check_pixels(x, axes, where, least=1):
+    """raises ValueError unless an array holds uint8 RGB pictures.   axes: such as "(N, h, w, 3)"; least: its smallest length"""
+    if x.dtype != np.uint8 or x.ndim != len(axes.split(",")) or x.shape[-1] != 3 or not x.size or len(x) < least:
+        raise ValueError(f"{where} is {x.dtype} {x.shape}; it must be uint8 {axes}, {axes[1]} at least {least}")
+
+
+def read_pack(pictures, texts, axes):
+    """`images` of an .npz, uint8 with axes such as "(N, h, w, 3)", and the N rows of its .jsonl.
 
     -> images, rows (dicts with `captions`; None without texts), the other arrays by name
     raises ValueError if the two files do not match row by row
     """
     arrays = safe.read_arrays(pictures, hint="`images`, uint8 pictures in rows")
-    images = arrays.pop("images", None) if isinstance(arrays, dict) else None
-    shape = "(N, h, w, 3)" if ndim == 4 else "(N, F, h, w, 3)"
-    good = images is not None and images.dtype == np.uint8 and images.ndim == ndim and images.size
-    if not good or images.shape[-1] != 3:
-        raise ValueError(f"{pictures} must hold `images`, uint8 {shape}")
+    if not isinstance(arrays, dict) or "images" not in arrays:
+        raise ValueError(f"{pictures} must hold `images`, uint8 {axes}")
+    images = arrays.pop("images")
+    check_pixels(images, axes, f"{pictures}: `images`")
     if texts is None:
         return images, None, arrays
     rows = safe.read_jsonl(texts, {"captions": list}, "one JSON object a row, with its captions")
@@ -126,8 +131,10 @@ def set_aside(groups, share):
     return sorted(chosen)
 
 
-def select(data, rows):
-    """The same Captions or Stories, only these rows."""
+def select(data, rows, complaint):
+    """The same Captions or Stories, only these rows.   raises ValueError with the complaint if there are none"""
+    if not rows:
+        raise ValueError(complaint)
     extra = {key: [values[row] for row in rows] for key, values in data.extra.items()}
     return replace(data, captions=[data.captions[row] for row in rows], names=[data.names[row] for row in rows], extra=extra,
                    pictures=lambda picked, seed: data.pictures([rows[p] for p in picked], seed))
@@ -143,28 +150,26 @@ def two_parts(read, parts, split, holdout, group):
     data = read(parts[0])
     valid = set_aside(group(data), holdout)
     rows = valid if split == "valid" else sorted(set(range(len(data))) - set(valid))
-    if not rows:
-        raise ValueError(f"the {split} part of {data.name} is empty: {len(data)} rows with holdout={holdout}")
-    return select(data, rows)
+    return select(data, rows, f"the {split} part of {data.name} is empty: {len(data)} rows with holdout={holdout}")
+
+
+def part_of(name):
+    """80 / 10 / 10 by a hash of a name, so that new files never move old ones to another part."""
+    return (("train",) * 8 + ("valid", "test"))[zlib.crc32(str(name).encode()) % 10]
 
 
 def by_name(data, split):
-    """80 / 10 / 10 by a hash of each name, so that new files never move old ones to another part."""
-    bucket = [zlib.crc32(str(name).encode()) % 10 for name in data.names]
-    wanted = {"train": range(8), "valid": (8,), "test": (9,)}[split]
-    rows = [row for row, b in enumerate(bucket) if b in wanted]
-    if not rows:
-        raise ValueError(f"{data.name}: none of its {len(data)} pictures fell into the {split} part; add "
-                         "pictures or make folders train/, valid/ and test/")
-    return select(data, rows)
+    """Sets without parts of their own: those whose name falls into this part."""
+    rows = [row for row, name in enumerate(data.names) if part_of(name) == split]
+    return select(data, rows, f"{data.name}: none of its {len(data)} pictures fell into the {split} part; add pictures or make "
+                              "folders train/, valid/ and test/")
 
 
 def check_name(name, names, root, split, what):
-    """Raises unless the name is one of `names`, the folder exists (builtin has none), the split is known."""
+    """raises ValueError or FileNotFoundError unless the name is one of `names`, its folder and the split exist"""
     if split not in ("train", "valid", "test"):
         raise ValueError(f"split {split!r} is unknown; it is train, valid or test")
     if name not in names:
         raise ValueError(f"{what} {name!r} are unknown; there are {', '.join(names)}")
     if name != "builtin" and not (root and Path(root).exists()):
-        raise safe.missing(root or f"--root for {name}",
-                           f"type  python -m data.prepare {name}  to see where it comes from")
+        raise safe.missing(root or f"--root for {name}", f"type  python -m data.prepare {name}  to see where it comes from")

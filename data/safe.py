@@ -77,6 +77,11 @@ def read_text(path, hint=""):
         raise ValueError(f"{path}, line {line}: byte {raw[error.start]:#x} is not UTF-8 text; save the file as UTF-8") from error
 
 
+def read_lines(path, hint=""):
+    """The lines of a text file, stripped; blank ones are left out."""
+    return [line.strip() for line in read_text(path, hint).splitlines() if line.strip()]
+
+
 def read_json(path, kind, hint=""):
     """A JSON file whose outermost value is a `kind` (list or dict)."""
     text = read_text(path, hint)

@@ -6,9 +6,11 @@
 
 NAMES says which layouts are read; `python -m data.prepare NAME` says where each data set comes from.
 """
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 
 from data import safe, views, world
 from data.batches import seed_from
-from data.parts import BUILTIN, Lazy, check_name, read_pack, squeeze, to_tensor, two_parts
+from data.parts import BUILTIN, Lazy, check_name, check_pixels, read_pack, squeeze, to_tensor, two_parts
 
 NAMES = ("builtin", "codraw", "clevr", "pororo", "flintstones", "hdf5")
 CLEVR = {"shape": ("cube", "sphere", "cylinder"),                      # columns 0..14 of a block, one-hot
@@ -73,10 +75,9 @@ def builtin(split, size, seed, frames, looks):
     def draw(rows, _):
         return world.render(view(rows)["scene"], size)[0].view(-1, frames, 3, size, size)
 
-    n = BUILTIN[split]
-    return Stories("builtin", size, Lazy(n, lambda row: view([row])["sentences"][0]), range(n), draw,
-                   {"view": Lazy(n, lambda row: view([row])),
-                    "complete": Lazy(n, lambda row: complete(view([row]), row)[0])})
+    n, one = BUILTIN[split], functools.lru_cache(1)(lambda row: view([row]))          # a row's two captions, one view
+    return Stories("builtin", size, Lazy(n, lambda row: one(row)["sentences"][0]), range(n), draw,
+                   {"view": Lazy(n, lambda row: view([row])), "complete": Lazy(n, lambda row: complete(one(row), row)[0])})
 
 
 def complete(view, way=0):
@@ -107,7 +108,7 @@ def complete(view, way=0):
 def pack(name, root, part, size):
     """stories64_PART.npz with `images` uint8 (N, F, h, w, 3); stories_PART.jsonl with F `captions` a line."""
     texts = root / f"stories_{part}.jsonl"
-    images, rows, arrays = read_pack(root / f"stories64_{part}.npz", texts, 5)
+    images, rows, arrays = read_pack(root / f"stories64_{part}.npz", texts, "(N, F, h, w, 3)")
     for n, row in enumerate(rows):
         check_captions(row["captions"], images.shape[1], f"{texts}, line {n + 1}")
     extra = {"objects": [row["objects"] for row in rows]} if all("objects" in row for row in rows) else {}
@@ -127,6 +128,11 @@ def check_captions(found, frames, where):
         raise ValueError(f"{where} needs {frames} captions, one a frame and none empty; it has {len(found)}")
 
 
+def which(count, seed, row, f):
+    """Which of a scene's pictures: drawn from (seed, row, f), or without a seed the middle one."""
+    return count // 2 if seed is None else seed_from(seed, row, f) % count
+
+
 def stacked(frames):
     """frames(row, seed) -> F uint8 pictures, as the `pictures` of a data set."""
     return lambda rows, seed: torch.stack([to_tensor(frames(row, seed)) for row in rows])
@@ -144,7 +150,7 @@ def clevr(name, root, part, size):
     cut = len(numbers) * 4 // 5
     numbers = numbers[:cut] if part == "train" else numbers[cut:]
     files = [[root / "images" / f"{number}_{t}.png" for t in (1, 2, 3, 4)] for number in numbers]
-    for file in (file for story in files for file in story):
+    for file in chain(*files):
         if file.stem not in table or len(table[file.stem]) != 75:
             raise ValueError(f"{root / 'CLEVR_dict.npy'}: {file.stem} needs 75 numbers")
         safe.there(file, "CLEVR_dict.npy lists it")
@@ -193,7 +199,7 @@ def pororo(root, split, size):
     else:
         table = safe.load_object_array(root / "descriptions.npy", dict, "or descriptions.csv")
     keys = [["/".join(Path(scene).with_suffix("").parts[-2:]) for scene in story] for story in scenes]
-    for key in (key for story in keys for key in story):
+    for key in chain(*keys):
         if not table.get(key):
             raise ValueError(f"{root}: the scene {key} is part of a story and has no description")
     extra = {"descriptions": [[list(table[key]) for key in story] for story in keys]}
@@ -211,8 +217,9 @@ def pororo(root, split, size):
 
 def pororo_scenes(root, part):
     """The five pictures of each story of a part (0, 1, 2: train, valid, test).   -> N lists of paths"""
-    first, later, ids = (safe.load_object_array(root / name, (list, np.ndarray), "one of the three lists of stories") for name in
-                         ("img_cache4.npy", "following_cache4.npy", "train_seen_unseen_ids.npy"))
+    names = ("img_cache4.npy", "following_cache4.npy", "train_seen_unseen_ids.npy")
+    first, later, ids = (safe.load_object_array(root / name, (list, np.ndarray), "one of the three lists of stories")
+                         for name in names)
     if len(first) != len(later) or len(ids) != 3:
         raise ValueError(f"{root}: img_cache4.npy has {len(first)} stories, following_cache4.npy {len(later)} "
                          f"and train_seen_unseen_ids.npy {len(ids)} parts; expected as many, and 3 parts")
@@ -220,14 +227,14 @@ def pororo_scenes(root, part):
         scenes = [[plain_path(scene, root) for scene in (first[n], *later[n])] for n in ids[part]]
     except (IndexError, TypeError) as error:
         raise ValueError(f"{root}: train_seen_unseen_ids.npy names a story that is not there ({error})") from error
-    for scene in (scene for story in scenes for scene in story):
+    for scene in chain(*scenes):
         safe.there(root / scene, "img_cache4.npy and following_cache4.npy list it")
     return scenes
 
 
 def flags_of(table, stories, file):
     """Which characters are in each frame.   table: {key: 0/1 flags} -> per story F arrays"""
-    for key in (key for story in stories for key in story):
+    for key in chain(*stories):
         if not isinstance(table, dict) or key not in table:
             raise ValueError(f"{file} has no character flags of {key}, which is part of a story")
     with safe.damage(file, "has character flags that are not rows of numbers"):
@@ -244,49 +251,26 @@ def plain_path(entry, where):
 
 
 def one_of_strip(strip, where, seed, row, f):
-    """One square of a vertical strip: drawn from (seed, row, f), or the middle one."""
+    """One square of a vertical strip."""
     side, count = strip.width, strip.height // strip.width
     if not count or strip.height % side:
-        raise ValueError(f"{where} is {strip.width} x {strip.height} pixels; a strip's height is a multiple "
-                         "of its width")
-    n = count // 2 if seed is None else seed_from(seed, row, f) % count
+        raise ValueError(f"{where} is {strip.width} x {strip.height} pixels; a strip's height is a multiple of its width")
+    n = which(count, seed, row, f)
     return strip.crop((0, n * side, side, (n + 1) * side))
 
 
 # -- FlintstonesSV -------------------------------------------------------------------------------------------
 
 
-def following(shots, frames=5, where="the shots"):
-    """{shot: the next frames - 1 shots of its episode}; the last ones of an episode start no story."""
+def following(shots, where="the shots"):
+    """{shot: the next four shots of its episode}; the last ones of an episode start no story."""
     episodes = {}
     for shot in sorted(shots):
         match = re.fullmatch(r"(s_\d+_e_\d+)_shot_(\d+)_(\d+)", shot)
         if not match:
             raise ValueError(f"{where}: {shot!r:.60} is not the id of a shot such as s_01_e_26_shot_000055_000129")
         episodes.setdefault(match[1], []).append(shot)
-    return {row[n]: row[n + 1 : n + frames]
-            for row in episodes.values() for n in range(len(row) - frames + 1)}
-
-
-def flintstones_captions(file):
-    """val.tsv: a header, then `shot <TAB> text`.   -> {shot: text}"""
-    found = {}
-    lines = safe.read_text(file, "lines of a shot id, a tab and its caption").splitlines()
-    for number, line in enumerate(lines[1:], 2):
-        shot, tab, text = line.partition("\t")
-        if not tab or not text.strip():
-            raise ValueError(f"{file}, line {number}: {line!r:.60} is not a shot id, a tab and its caption")
-        found[shot] = text.strip()
-    return found
-
-
-def written_stories(file):
-    """Stories without pictures.   -> [{"episode", "frames": [{"caption", "characters"}, ...]}, ...]"""
-    rows = safe.read_jsonl(file, {"episode": str, "frames": list}, "one line a story: episode and frames")
-    for n, row in enumerate(rows, 1):
-        for frame in row["frames"]:
-            safe.check_row(frame, {"caption": str, "characters": list}, f"{file}, line {n}, frames")
-    return rows
+    return {row[n]: row[n + 1 : n + 5] for row in episodes.values() for n in range(len(row) - 4)}
 
 
 def flintstones(root, split, size):
@@ -327,12 +311,10 @@ def flintstones_told(file):
 
 
 def one_of_clip(file, size, seed, row, f):
-    """One frame of a shot: drawn from (seed, row, f), or the middle one."""
+    """One frame of a shot."""
     clip = safe.read_arrays(file)
-    if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not len(clip):
-        raise ValueError(f"{file} is {clip.dtype} {clip.shape}; it must be uint8 (frames, height, width, 3)")
-    n = len(clip) // 2 if seed is None else seed_from(seed, row, f) % len(clip)
-    return squeeze(Image.fromarray(clip[n]), size)
+    check_pixels(clip, "(F, h, w, 3)", file)
+    return squeeze(Image.fromarray(clip[which(len(clip), seed, row, f)]), size)
 
 
 # -- AR-LDM's HDF5 -------------------------------------------------------------------------------------------

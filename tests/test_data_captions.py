@@ -276,7 +276,7 @@ def test_packs_are_read_resized_and_cut_by_rows(tmp_path):
 
 
 @pytest.mark.parametrize("change, sentence", [
-    ({"images": np.zeros((20, 4, 4, 3), np.float32)}, r"x\.npz must hold `images`, uint8"),
+    ({"images": np.zeros((20, 4, 4, 3), np.float32)}, r"x\.npz: `images` is float32 \(20, 4, 4, 3\); it must be uint8 \(N, h, w, 3\)"),
     ({"images": np.zeros((19, 4, 4, 3), np.uint8)}, r"x\.jsonl has 20 lines, .*x\.npz has 19 rows"),
     ({"rows": [{"index": 0, "captions": ["a"]}] * 20}, r"x\.jsonl, line 2 has index 0, expected 1"),
     ({"rows": [{"index": i, "captions": ["a"] if i else ["  "]} for i in range(20)]}, r"x\.jsonl, line 1 has no caption"),

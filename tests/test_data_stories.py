@@ -41,19 +41,16 @@ def test_clevr_sentences_are_written_from_the_attributes_as_in_the_pack(shared):
             assert stories.clevr_captions(attributes) == told
 
 
-def test_text_only_sets_have_the_counts_of_their_readme(shared):
+def test_pororos_descriptions_have_the_counts_of_their_readme(shared):
     described = stories.pororo_descriptions(shared / "pororo_text" / "descriptions.csv")
     assert sum(map(len, described.values())) == 13089
     assert described["Pororo_ENGLISH1_1_ep10/1"][0] == "Eddy is looking for something in Eddy's library."
-    shots = stories.flintstones_captions(shared / "flintstones_text" / "val.tsv")
-    assert len(shots) == 2071
-    written = stories.written_stories(shared / "flintstones_text" / "episode_stories_train.jsonl")
-    assert 10 < np.mean([len(story["frames"]) for story in written]) < 15, "the README says about 14 frames a story"
 
 
 def test_five_consecutive_shots_make_a_story(shared):
     """Oracle: for every shot, scan all shots of its episode for the next four starting frames."""
-    shots = sorted(stories.flintstones_captions(shared / "flintstones_text" / "val.tsv"))
+    rows = (shared / "flintstones_text" / "val.tsv").read_text().splitlines()[1:]
+    shots = sorted(row.partition("\t")[0] for row in rows)
     found = stories.following(shots[::-1])
     for shot in shots[:300]:
         episode = shot.split("_shot_")[0]
@@ -244,7 +241,7 @@ def test_ar_ldms_file_is_read_where_h5py_is_installed(tmp_path):
     ([["a", "b"], ["c"]], (2, 2, 4, 4, 3), r"jsonl, line 2 needs 2 captions, one a frame and none empty; it has 1"),
     ([["a", "b"], ["c", " "]], (2, 2, 4, 4, 3), r"jsonl, line 2 needs 2 captions"),
     ([["a", "b"]], (2, 2, 4, 4, 3), r"jsonl has 1 lines, .*npz has 2 rows"),
-    ([["a", "b"]], (1, 4, 4, 3), r"npz must hold `images`, uint8 \(N, F, h, w, 3\)"),
+    ([["a", "b"]], (1, 4, 4, 3), r"npz: `images` is uint8 \(1, 4, 4, 3\); it must be uint8 \(N, F, h, w, 3\)"),
 ])
 def test_a_pack_of_the_wrong_shape_ends_in_one_sentence(tmp_path, captions, images, sentence):
     np.savez(tmp_path / "stories64_train.npz", images=np.zeros(images, np.uint8))

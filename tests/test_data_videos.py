@@ -310,7 +310,7 @@ def test_frames_that_are_no_video_end_in_one_sentence(tmp_path):
             (lambda: open_frames(film), "films holds video files; cut films into pictures first, as in  ffmpeg"),
             (lambda: open_frames(film / "x.mp4"), r"x\.mp4 is not a \.zip, \.gif or \.npz; cut films into pictures first"),
             (lambda: open_frames(bad), r"bad\.zip is not a zip, or it is cut"),
-            (lambda: open_frames(tmp_path / "f.npz")["a"], r"f\.npz, a is uint8 \(3, 4, 4\); a video must be uint8"),
+            (lambda: open_frames(tmp_path / "f.npz")["a"], r"f\.npz, a is uint8 \(3, 4, 4\); it must be uint8 \(F, h, w, 3\), F at least 2"),
             (lambda: open_frames(tmp_path / "hurt.zip")["v"][0], r"hurt\.zip: v/0\.jpg is not a picture that can be read"),
             (lambda: open_frames(tmp_path / "empty"), "empty holds no video: expected a folder of pictures"),
             (lambda: open_frames(tmp_path / "no"), "no is missing: a folder with a folder of pictures for each video")):
