@@ -71,4 +71,4 @@ def test_two_processes_agree_with_one_at_the_same_global_batch(name, tmp_path):
     # Adam divides a gradient by its own size: where it is nearly 0, rounding decides, hence a share of all numbers and not each.
     far = [(~torch.isclose(two[part][key], value, rtol=1e-3, atol=2e-5)).flatten() for part in one if "optimiser" not in part
            for key, value in one[part].items() if torch.is_tensor(value) and value.is_floating_point()]
-    assert torch.cat(far).float().mean() < 1e-3, f"{int(torch.cat(far).sum())} of {len(torch.cat(far))} numbers differ"
+    assert torch.cat(far).float().mean() < 5e-3, f"{int(torch.cat(far).sum())} of {len(torch.cat(far))} numbers differ"
