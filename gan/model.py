@@ -130,7 +130,7 @@ class GBlock(nn.Module):
         return F.interpolate(self.shortcut(x), size=self.size) + self.conv2(self.fuse2(condition, y))
 
 
-def ladder(base, size, widest=8):
+def ladder(base, size):
     """Picture sides and channels of the generator blocks: (64, 224) -> 8 16 32 64 128 224 and 512 512 512 512 256 128 64.
 
     Official code: the nominal 256 gives the channels, and the last side 224 is typed in; here it is grid x patch.
@@ -139,7 +139,7 @@ def ladder(base, size, widest=8):
     while FIRST_SIZE << len(sizes) < size:
         sizes.append(FIRST_SIZE << len(sizes))
     sizes.append(size)
-    return sizes, [base * min(2**k, widest) for k in range(len(sizes), -1, -1)]
+    return sizes, [base * min(2**k, 8) for k in range(len(sizes), -1, -1)]
 
 
 class Generator(nn.Module):
@@ -152,15 +152,16 @@ class Generator(nn.Module):
     """
 
     def __init__(self, clip_width, grid, patch, embed, noise=100, base=64, bridge=(64, 32, 4), prompt_layers=tuple(range(1, 9)),
-                 mapper=True, prompts=True, widest=8, hidden=0, canvas=0.0):
+                 mapper=True, prompts=True, hidden=0, canvas=0.0):
         super().__init__()
         condition = noise + embed
         self.noise, self.mapper, self.prompt_layers = noise, mapper, prompt_layers if prompts else ()
         self.bridge = BridgePredictor(noise, condition, clip_width, grid, *bridge, hidden, canvas)
         self.prompt = nn.Linear(condition, len(prompt_layers) * clip_width)
-        self.sizes, channels = ladder(base, grid * patch, widest)
+        self.sizes, channels = ladder(base, grid * patch)
         self.fuse = nn.Conv2d(clip_width, channels[0], 5, padding=2)
-        self.blocks = nn.ModuleList(map(lambda a, b, s: GBlock(condition, a, b, s, hidden), channels[:-1], channels[1:], self.sizes))
+        self.blocks = nn.ModuleList(GBlock(condition, a, b, size, hidden)
+                                    for a, b, size in zip(channels[:-1], channels[1:], self.sizes, strict=True))
         self.to_rgb = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def concepts(self, bridge, condition, clip):
@@ -316,21 +317,26 @@ def clip_similarity(image_embedding, sentence):
 
 def _fusion(ours, theirs):
     """{our key: official key} of one DFBlock."""
-    return {f"{ours}.{a}.{net}.{2 * layer - 2}.{p}": f"{theirs}.affine{i}.fc_{net}.linear{layer}.{p}"
-            for i, a in enumerate(("first", "second")) for net in ("gamma", "beta") for layer in (1, 2) for p in ("weight", "bias")}
+    return {f"{ours}.{affine}.{net}.{2 * layer - 2}.{p}": f"{theirs}.affine{i}.fc_{net}.linear{layer}.{p}"
+            for i, affine in enumerate(("first", "second")) for net in ("gamma", "beta")
+            for layer in (1, 2) for p in ("weight", "bias")}
 
 
-def _conv(ours, theirs, parts=("weight", "bias")):
-    return {f"{ours}.{p}": f"{theirs}.{p}" for p in parts}
+def _conv(ours, theirs):
+    return {f"{ours}.{p}": f"{theirs}.{p}" for p in ("weight", "bias")}
 
 
-def generator_names(state, blocks):
-    """{our key: official netG key} for a generator with this many GBlocks."""
+def _count(state, start):
+    """How many blocks are numbered after `start`."""
+    return len({k.removeprefix(start).split(".")[0] for k in state if k.startswith(start)})
+
+
+def generator_names(state):
+    """{our key: official netG key}."""
     names = _conv("bridge.code", "fc_code") | _conv("bridge.out", "mapping.conv_fuse") | _conv("prompt", "mapping.fc_prompt")
     names |= _conv("fuse", "mapping.conv") | _conv("to_rgb", "to_rgb.1")
-    m_blocks = len({k.split(".")[2] for k in state if k.startswith("mapping.FBlocks.")})
-    for ours, theirs, n, conv in (("bridge.blocks", "mapping.FBlocks", m_blocks, "conv"), ("blocks", "GBlocks", blocks, "c")):
-        for i in range(n):
+    for ours, theirs, conv in (("bridge.blocks", "mapping.FBlocks", "conv"), ("blocks", "GBlocks", "c")):
+        for i in range(_count(state, f"{theirs}.")):
             for j in (1, 2):
                 names |= _conv(f"{ours}.{i}.conv{j}", f"{theirs}.{i}.{conv}{j}")
                 names |= _fusion(f"{ours}.{i}.fuse{j}", f"{theirs}.{i}.fuse{j}")
@@ -369,15 +375,12 @@ def generator_from_official(net_g, patch=32):
         noise, condition = state["fc_code.weight"].shape[1], state["mapping.fc_prompt.weight"].shape[1]
         clip_width, channels = state["mapping.conv_fuse.weight"].shape[:2]
         hidden, grid = state["mapping.FBlocks.0.conv1.weight"].shape[0], int((len(tower["positional_embedding"]) - 1) ** 0.5)
-        blocks = len({k.split(".")[1] for k in state if k.startswith("GBlocks.")})
-        base = state["to_rgb.1.weight"].shape[1]
-        prompts = len(state["mapping.fc_prompt.bias"]) // clip_width
+        base, prompts = state["to_rgb.1.weight"].shape[1], len(state["mapping.fc_prompt.bias"]) // clip_width
     except KeyError as error:
         raise ValueError(f"not an official netG: missing {error.args[0]}") from None
-    names = generator_names(state, blocks)
-    m_blocks = len({k.split(".")[2] for k in names if k.startswith("bridge.blocks.")})
-    model = Generator(clip_width, grid, patch, condition - noise, noise, base, (channels, hidden, m_blocks), tuple(range(1, prompts + 1)))
-    return _load(model, names, state, lambda k: k.startswith("mapping.CLIP_ViT."), "netG"), tower
+    bridge = channels, hidden, _count(state, "mapping.FBlocks.")
+    model = Generator(clip_width, grid, patch, condition - noise, noise, base, bridge, tuple(range(1, prompts + 1)))
+    return _load(model, generator_names(state), state, lambda k: k.startswith("mapping.CLIP_ViT."), "netG"), tower
 
 
 def critic_from_official(net_d, net_c, taps=(1, 4, 8)):
@@ -387,7 +390,7 @@ def critic_from_official(net_d, net_c, taps=(1, 4, 8)):
         hidden, joint = c["joint_conv.0.weight"].shape[:2]
         channels, clip_width = d["main.conv_s.weight"].shape[:2]
         grid = c["joint_conv.2.weight"].shape[-1] + 3
-        steps = len({k.split(".")[1] for k in d if k.startswith("DBlocks.")})
+        steps = _count(d, "DBlocks.")
         d["gamma"] = torch.cat([*(d[f"DBlocks.{i}.gamma"] for i in range(steps)), d["main.gamma"]])
         d["beta"] = torch.cat([d[f"DBlocks.{i}.beta"] for i in range(steps)])
     except KeyError as error:

@@ -19,7 +19,7 @@ from data.options import from_plain, parse, show_help
 from data.pictures import grid, panels, strip
 from data.weights import load_checkpoint
 from gan.model import generator_from_official
-from gan.task import CHUNK, Config, networks
+from gan.task import Config, networks, paint
 from gan.words import Sentences
 from kernels.attribution import show
 
@@ -71,7 +71,7 @@ class Painter:
         """Sentence vectors (N, E).   raises ValueError for an empty, too long or unreadable sentence"""
         for text in texts:
             if not text.strip():
-                raise ValueError('an empty sentence says nothing to draw; try  python -m gan.sample "a red star on a black background"')
+                raise ValueError('an empty sentence says nothing to draw; try  python -m gan.sample "a red star"')
         return self.words(texts, strict=True)
 
     def noise(self, count, seed, truncation=0.0):
@@ -79,13 +79,13 @@ class Painter:
         if truncation < 0:
             raise ValueError(f"--truncation={truncation} must not be negative; 0 leaves the noise as it is")
         rng, z = torch.Generator().manual_seed(seed), torch.empty(count, self.generator.noise)
-        return torch.nn.init.trunc_normal_(z, a=-truncation, b=truncation, generator=rng) if truncation else z.normal_(generator=rng)
+        if truncation:
+            return torch.nn.init.trunc_normal_(z, a=-truncation, b=truncation, generator=rng)
+        return z.normal_(generator=rng)
 
-    @torch.no_grad()
     def paint(self, noise, told):
         """Noise (N, Z) and sentence vectors (N, E) of `read` -> (N, 3, S, S) in [-1, 1]"""
-        parts = zip(noise.split(CHUNK), told.split(CHUNK), strict=True)
-        return torch.cat([self.generator(z, e, self.words.clip).clamp(-1, 1) for z, e in parts])
+        return paint(self.generator, noise, told, self.words.clip)
 
     def attribute(self, pictures, sentence, word):
         """Where CLIP sees a word: what each patch adds to the word's score.   -> map (N, S, S) in [0, 1], pictures under it
@@ -117,8 +117,10 @@ def between(a, b, frames):
 def around(a, b, frames):
     """From a to b at the length that normal noise has: along a great circle (a straight line would pass near zero)."""
     angle = torch.arccos(F.cosine_similarity(a, b, dim=0).clamp(-1, 1))
+    if angle < 1e-4:
+        return a.expand(frames, -1)
     t = torch.linspace(0, 1, frames)[:, None]
-    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle) if angle > 1e-4 else a.expand(frames, -1)
+    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
 
 def film(painter, sentence, options):
@@ -167,7 +169,8 @@ def main(argv):
         else:
             captions = [text if i == 0 else "" for text in sentences for i in range(options.n)]
             grid(options.out, pictures, captions, columns=options.n)
-    print(f"{len(pictures)} pictures, {1000 * (time.perf_counter() - began) / len(pictures):.1f} ms each with its file -> {options.out}")
+    took = 1000 * (time.perf_counter() - began) / len(pictures)
+    print(f"{len(pictures)} pictures, {took:.1f} ms each with its file -> {options.out}")
 
 
 if __name__ == "__main__":

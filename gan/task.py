@@ -46,7 +46,6 @@ class Config:
     batch: int = 16                  # pictures in a step, B (official: 64 on each of 8 GPUs)
     noise: int = 32                  # width of z (official: 100)
     base: int = 8                    # channels at the picture's side, nf (official: 64)
-    widest: int = 8                  # most channels of the image generator, times base (official: 8)
     bridge: tuple = (32, 16, 2)      # bridge predictor: channels, hidden channels, blocks (official: 64, 32, 4)
     fusion: int = 96                 # least hidden width of the text's scales and shifts (official: 0, that of their channels)
     canvas: float = 1.0              # spread of the constant map that the noise is added to (official: 0, torch's default)
@@ -67,8 +66,8 @@ class Config:
     words_steps: int = 600           # steps of fitting the small CLIP to other data than the built-in world
 
     def __post_init__(self):
-        for name, value, known in (("critic", self.critic, ("clip", "plain")), ("penalty_form", self.penalty_form, ("code", "paper"))):
-            if value not in known:
+        for name, known in (("critic", ("clip", "plain")), ("penalty_form", ("code", "paper"))):
+            if (value := getattr(self, name)) not in known:
                 raise ValueError(f"--{name}={value} is unknown; choose {' or '.join(known)}")
         if self.batch < 2:
             raise ValueError(f"--batch={self.batch}: a mismatched pair needs another sentence, so at least 2 pictures")
@@ -84,7 +83,7 @@ def paper(name):
     if name not in pictures:
         raise ValueError(f"--paper={name} is unknown; there are {', '.join(pictures)}")
     epoch = max(1, pictures[name] // 512)                     # about 1000 epochs for coco, by the author's word
-    return {"data": name, "steps": 1000 * epoch, "eval_every": 10 * epoch, "batch": 512, "noise": 100, "base": 64, "widest": 8,
+    return {"data": name, "steps": 1000 * epoch, "eval_every": 10 * epoch, "batch": 512, "noise": 100, "base": 64,
             "bridge": (64, 32, 4), "fusion": 0, "canvas": 0.0, "prompt_layers": tuple(range(1, 9)), "taps": (1, 4, 8),
             "channels": 512, "hidden": 128, "lr_g": 1e-4, "lr_d": 4e-4, "ema": 0.0}
 
@@ -101,10 +100,16 @@ def networks(cfg, clip):
         if not getattr(cfg, name) or max(getattr(cfg, name)) >= depth:
             raise ValueError(f"--{name}={getattr(cfg, name)}: this CLIP has blocks 0 to {depth - 1}, name at least one")
     painter = Generator(clip.width, clip.grid, clip.visual.patch, clip.embed, cfg.noise, cfg.base, cfg.bridge, cfg.prompt_layers,
-                        cfg.mapper, cfg.prompts, cfg.widest, cfg.fusion, cfg.canvas)
+                        cfg.mapper, cfg.prompts, cfg.fusion, cfg.canvas)
     if cfg.critic == "plain":
         return painter, PlainCritic(clip.size, clip.embed, cfg.base)
     return painter, Critic(clip.width, clip.grid, clip.embed, cfg.taps, cfg.channels, cfg.hidden)
+
+
+@torch.no_grad()
+def paint(net, noise, told, clip):
+    """Pictures in [-1, 1] of noise (N, Z) and sentence vectors (N, E), CHUNK at once.   -> (N, 3, S, S)"""
+    return torch.cat([net(z, e, clip).clamp(-1, 1).float() for z, e in zip(noise.split(CHUNK), told.split(CHUNK), strict=True)])
 
 
 class Task:
@@ -113,10 +118,10 @@ class Task:
     headline, better = "attributes", "higher"
     table = ("attributes", "shape", "colour", "background", "R-precision", "Frechet", "CLIP score")
     ablations = {
-        "full": {}, "plain discriminator": {"critic": "plain"}, "w/o mapper": {"mapper": False}, "w/o prompts": {"prompts": False},
-        "w/o CLIP loss": {"clip_weight": 0.0}, "first tap only": {"taps": (0,)}, "deepest tap only": {"taps": (3,)},
-        "narrow fusion": {"fusion": 0}, "w/o canvas": {"canvas": 0.0}, "w/o penalty": {"penalty": 0.0},
-        "DF-GAN": {"critic": "plain", "mapper": False, "clip_weight": 0.0},
+        "full": {}, "plain discriminator": {"critic": "plain"}, "w/o mapper": {"mapper": False},
+        "w/o prompts": {"prompts": False}, "w/o CLIP loss": {"clip_weight": 0.0}, "first tap only": {"taps": (0,)},
+        "deepest tap only": {"taps": (3,)}, "narrow fusion": {"fusion": 0}, "w/o canvas": {"canvas": 0.0},
+        "w/o penalty": {"penalty": 0.0}, "DF-GAN": {"critic": "plain", "mapper": False, "clip_weight": 0.0},
     }
 
     def __init__(self, cfg, device):
@@ -157,7 +162,8 @@ class Task:
             rows, draw = batch_rows(len(data), cfg.batch, seed, t), seed_from(seed, t)
             if self.builtin:
                 scene, told = self.scenes(rows), round(cfg.full * cfg.batch)
-                texts = world.captions(world.pick(scene, slice(told))) + world.captions(world.pick(scene, slice(told, None)), 1 + t % 9)
+                texts = world.captions(world.pick(scene, slice(told)))
+                texts += world.captions(world.pick(scene, slice(told, None)), 1 + t % 9)
                 pictures = world.render({name: parallel.shard(of) for name, of in scene.items()}, data.size)[0]
             else:
                 texts, pictures = data.sentences(rows, draw), data.images(parallel.shard(rows), draw)
@@ -195,8 +201,11 @@ class Task:
             evidence, pair = evidence.float().requires_grad_(), sentence.float().requires_grad_()
             real = self.critic.extract(evidence)
             score = self.critic.assess(real, pair)
-            d_loss = hinge_d(score, self.critic.score(seen.detach().float(), sentence.float()), self.critic.assess(real, wrong.float()))
-            penalty = gradient_penalty(score, evidence, pair, cfg.penalty, form=cfg.penalty_form) if cfg.penalty else d_loss.new_zeros(())
+            fooled = self.critic.score(seen.detach().float(), sentence.float())
+            d_loss = hinge_d(score, fooled, self.critic.assess(real, wrong.float()))
+            penalty = d_loss.new_zeros(())
+            if cfg.penalty:
+                penalty = gradient_penalty(score, evidence, pair, cfg.penalty, form=cfg.penalty_form)
             parallel.descend(self.d_optimiser, d_loss + penalty)
 
         # generator: fool the critic, and agree with CLIP about the sentence; the same fakes, no second forward pass
@@ -216,20 +225,17 @@ class Task:
 
     # -- judging -----------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def paint(self, texts, seed=0, strict=False):
-        """One picture a sentence, in [-1, 1]; noise from the seed.   -> (N, 3, S, S)"""
+    def paint(self, texts, seed):
+        """One picture a sentence by the averaged generator; noise from the seed.   -> (N, 3, S, S)"""
         noise = torch.randn(len(texts), self.cfg.noise, generator=generator(seed)).to(self.device)
-        told, parts = self.words(texts, strict), []
-        for z, e in zip(noise.split(CHUNK), told.split(CHUNK), strict=True):
-            parts.append(self.average(z, e, self.clip).clamp(-1, 1).float())
-        return torch.cat(parts)
+        return paint(self.average, noise, self.words(texts), self.clip)
 
     def asked(self, split, count):
-        """Rows, sentences and, in the built-in world, scenes that a split is judged on; sentences there tell everything."""
+        """Sentences, real pictures and, in the built-in world, scenes to judge a split by; sentences there tell everything."""
         if not self.builtin:
             data = self.data[split]
-            rows = list(range(min(count, len(data))))
+            count = min(count, len(data))
+            rows = [n * len(data) // count for n in range(count)]                 # from all over it: files are sorted by kind
             return data.sentences(rows), data.images(rows), None
         scene = self.scenes(range(count), split)
         return world.captions(scene), world.render(scene, self.clip.size)[0], scene
@@ -256,7 +262,8 @@ class Task:
         same, k = {text: i for i, text in enumerate(texts)}, candidates(texts)
         groups = torch.tensor([same[text] for text in texts])
         metrics["R-precision"] = r_precision(shown, told, k, generator(3), groups) if k > 1 else 1.0
-        metrics["Frechet"] = float(frechet_distance(self.features(pictures), self.features(self.others(split, len(texts))), "reader"))
+        others = self.features(self.others(split, len(texts)))
+        metrics["Frechet"] = float(frechet_distance(self.features(pictures), others, "reader"))
         metrics["CLIP score"] = float(clip_similarity(shown, told))
         return metrics
 
@@ -284,16 +291,13 @@ class Task:
 
     # -- what a person looks at ----------------------------------------------------------------------------------------------
 
-    def prompts(self):
-        """Eight sentences of the sample grid (or as many as there are): no training picture belongs to them."""
-        return list(SHOWN) if self.builtin else self.asked("test", 8)[0]
-
     def watch(self, folder, step):
         """samples-STEP.png while training: always the same noise and sentences."""
         self.sheet(folder / f"samples-{step:06d}.png", f"{step} steps: a sentence a column, the same noise as always")
 
     def sheet(self, path, title, rows=4):
-        texts = self.prompts()
+        """Eight sentences (or as many as there are) that no training picture belongs to."""
+        texts = list(SHOWN) if self.builtin else self.asked("test", 8)[0]
         pictures = self.paint(texts * rows, seed=4).cpu()
         grid(path, pictures, [""] * len(texts) * (rows - 1) + texts, len(texts), title)
 

@@ -67,7 +67,6 @@ class Sentences:
         if "words" in state:
             self.adopt(state["words"])
             self.clip.load_state_dict(state["weights"])
-            self.to(self.device)
         elif self.fitted or state.get("sha256") != self.clip.sha256:
             raise ValueError("it was trained with another CLIP; pass the same file with --clip")
         self.to(self.device)
