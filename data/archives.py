@@ -25,9 +25,8 @@ def members(archive):
 def unpack(archive, folder, limit=64 * 2**30):
     """Extract a .zip, .tar, .tar.gz or .tgz into `folder`: all of it or nothing.   -> number of files
 
-    Everything is written into a folder aside and its top-level entries are moved at the end. Refused: `../`,
-    absolute names, links, devices, an entry that exists, more than `limit` bytes (really written, whatever the
-    headers claim).
+    Everything is written into a folder aside and its top-level entries are moved at the end. Refused: `../`, absolute names,
+    links, devices, an entry that exists, more than `limit` bytes (really written, whatever the headers claim).
     """
     archive, folder = there(archive), Path(folder)
     aside, left, count = folder / f".{archive.name}.part", limit, 0

@@ -151,10 +151,9 @@ def from_official(state, heads=(None, None), where="the state dict"):
         raise ValueError(f"{where} is not a CLIP with a vision transformer: {error} is missing or has another shape; "
                          f"its first names are {', '.join(sorted(state)[:4])}") from error
 
-    def rename(name):
-        return name if not image or name.startswith("visual.") or name == "logit_scale" else f"text.{name}"
-
-    return freeze(load_checked(model.to_empty(device="cpu"), state, where, rename))
+    if image:                                                               # a lone text tower has no prefix
+        state = {n if n.startswith("visual.") or n == "logit_scale" else f"text.{n}": t for n, t in state.items()}
+    return freeze(load_checked(model.to_empty(device="cpu"), state, where))
 
 
 def official_names(model):

@@ -1,8 +1,7 @@
 """What is measured, and how exactly: rankings, distances between sets of pictures, retrieval, edits, answers.
 
-Functions take plain tensors and return plain numbers. The chance level or the baseline of a score stands
-beside it, and a distance between pictures carries the name of its features and both sample counts, without
-which it means nothing.
+Functions take plain tensors and return plain numbers. The chance level or the baseline of a score stands beside it, and a
+distance between pictures carries the name of its features and both sample counts, without which it means nothing.
 """
 from typing import NamedTuple
 
@@ -57,8 +56,7 @@ def ideal(hits):
 def ranking_chance(users, items, seen, ks=KS):
     """What `ranking` gives on average when every list is shuffled, in closed form.
 
-    users (T,) owner of each target; items I; seen (U,) how many training items are taken out of each user's
-    list.
+    users (T,) owner of each target; items I; seen (U,) how many training items are taken out of each user's list.
     With M = I - seen places:  P(h_r = 1) = n / M,  E[hits before r | h_r = 1] = (r - 1) (n - 1) / (M - 1).
     """
     owner, n = torch.unique(users, return_counts=True)
@@ -95,8 +93,7 @@ class Distance(NamedTuple):
 
 def two_sets(a, b):
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError("need two sets of features (N >= 2, C) of one width, got "
-                         f"{tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"need two sets of features (N >= 2, C) of one width, got {tuple(a.shape)} and {tuple(b.shape)}")
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("the features of at least one picture are not finite: there is no distance")
     return a.double(), b.double()
@@ -105,8 +102,7 @@ def two_sets(a, b):
 def frechet_distance(a, b, features):
     """Frechet distance of two sets of features, each taken as a Gaussian (FID if they are Inception's).
 
-    a (N, C), b (M, C) -> Distance. It is biased upwards for few samples: compare only at equal counts and
-    features.
+    a (N, C), b (M, C) -> Distance. It is biased upwards for few samples: compare only at equal counts and features.
     """
     x, y = two_sets(a, b)
     value = frechet_of_moments(x.mean(0), torch.cov(x.T).reshape(x.shape[1], -1), y.mean(0),
@@ -117,10 +113,9 @@ def frechet_distance(a, b, features):
 def frechet_of_moments(mean_a, cov_a, mean_b, cov_b):
     """|mu_a - mu_b|^2 + tr(S_a) + tr(S_b) - 2 tr (S_a^1/2 S_b S_a^1/2)^1/2.   (C,), (C, C), twice -> float
 
-    The eigenvalues under the last root are the squared singular values of S_a^1/2 S_b^1/2. Taking these
-    instead of squaring and then taking the root keeps all digits where covariances have no full rank; roots
-    come from symmetric eigen-decompositions, never from a general matrix square root with its complex
-    remainders.
+    The eigenvalues under the last root are the squared singular values of S_a^1/2 S_b^1/2. Taking these instead of squaring and
+    then taking the root keeps all digits where covariances have no full rank; roots come from symmetric eigen-decompositions,
+    never from a general matrix square root with its complex remainders.
     """
     def root(cov):
         values, vectors = torch.linalg.eigh(cov.double())
@@ -134,8 +129,7 @@ def frechet_of_moments(mean_a, cov_a, mean_b, cov_b):
 def kernel_distance(a, b, features, block=2048):
     """Unbiased squared maximum mean discrepancy, k(x, y) = (x . y / C + 1)^3 (KID): 0 on average if equal.
 
-    a (N, C), b (M, C) -> Distance; can be slightly negative. Unlike Frechet's it does not depend on N in
-    expectation.
+    a (N, C), b (M, C) -> Distance; can be slightly negative. Unlike Frechet's it does not depend on N in expectation.
     """
     x, y = two_sets(a, b)
 
@@ -156,16 +150,16 @@ def kernel_distance(a, b, features, block=2048):
 def r_precision(images, texts, candidates=100, generator=None, groups=None):
     """Share of pictures whose own sentence is the most similar (cosine) among `candidates`, the rest drawn.
 
-    images, texts (N, D): row i of both belong together; groups (N,) int: rows of one group say the same, so
-    they are never drawn as a wrong answer. Ties share the point. Chance is 1 / candidates exactly.
+    images, texts (N, D): row i of both belong together; groups (N,) int: rows of one group say the same, so they are never
+    drawn as a wrong answer. Ties share the point. Chance is 1 / candidates exactly.
     """
     n = len(images)
     groups = torch.arange(n) if groups is None else groups.cpu()
     allowed = groups[:, None] != groups
     fewest = int(allowed.sum(1).min()) + 1 if n else 0
     if len(texts) != n or not 2 <= candidates <= fewest:
-        raise ValueError(f"{n} pictures, {len(texts)} sentences, {candidates} candidates: need as many "
-                         f"sentences as pictures, and 2 to {fewest} candidates")
+        raise ValueError(f"{n} pictures, {len(texts)} sentences, {candidates} candidates: need as many sentences as pictures, "
+                         f"and 2 to {fewest} candidates")
     keys = torch.rand(n, n, generator=generator).masked_fill(~allowed, 2)        # the smallest keys are drawn
     others = keys.topk(candidates - 1, largest=False).indices.to(images.device)
     similarity = F.normalize(images.double(), dim=1) @ F.normalize(texts.double(), dim=1).T           # (N, N)
@@ -186,20 +180,19 @@ def l1_outside(a, b, mask=None):
     return ((a - b).abs().mean(1, keepdim=True) * keep).sum((1, 2, 3)) / keep.sum((1, 2, 3))
 
 
-def ssim(a, b, mask=None, span=2.0):
-    """Structural similarity (Wang et al. 2004): 11 x 11 Gaussian windows of sigma 1.5, no padding,.
+def ssim(a, b, mask=None):
+    """Structural similarity (Wang et al. 2004): 11 x 11 Gaussian windows of sigma 1.5, no padding.
 
-    a, b (B, C, H, W), at least 11 x 11, of values `span` apart (2 for [-1, 1]) -> (B,) in [-1, 1]
+    a, b (B, C, H, W) in [-1, 1], at least 11 x 11 -> (B,) in [-1, 1]
     mask (B, 1, H, W), 1 = may change: only windows that touch no changed pixel count; NaN if there is none.
     """
     if a.shape != b.shape or min(a.shape[2:]) < 11:
-        raise ValueError("need two batches of one shape, at least 11 x 11, got "
-                         f"{tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"need two batches of one shape, at least 11 x 11, got {tuple(a.shape)} and {tuple(b.shape)}")
     taps = torch.exp(-torch.arange(-5, 6, device=a.device, dtype=torch.float64) ** 2 / (2 * 1.5**2))
     window = (taps[:, None] * taps / taps.sum() ** 2).expand(a.shape[1], 1, 11, 11)
     a, b = a.double(), b.double()
     mu_a, mu_b, aa, bb, ab = (F.conv2d(x, window, groups=x.shape[1]) for x in (a, b, a * a, b * b, a * b))
-    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                  # 2: from the least to the largest value
     alike = ((2 * mu_a * mu_b + c1) * (2 * (ab - mu_a * mu_b) + c2)
              / ((mu_a**2 + mu_b**2 + c1) * (aa - mu_a**2 + bb - mu_b**2 + c2))).mean(1, keepdim=True)
     touched = torch.zeros_like(alike) if mask is None else F.max_pool2d((mask >= 0.5).double(), 11, 1)
@@ -213,8 +206,8 @@ def ssim(a, b, mask=None, span=2.0):
 def accuracy_by_type(predicted, true, types, train_true, train_types):
     """{type: (accuracy, accuracy of the type's most frequent training answer, questions)}, and "all" of them.
 
-    predicted, true (N,) int, types N names; train_* the training questions that the majority answers come
-    from. A type that training never asked has majority accuracy 0. Ties between answers: the lower id.
+    predicted, true (N,) int, types N names; train_* the training questions that the majority answers come from. A type that
+    training never asked has majority accuracy 0. Ties between answers: the lower id.
     """
     if not len(true):
         raise ValueError("there is no question to answer: the split is empty")

@@ -5,8 +5,7 @@
     python -m data.prepare birds --root=birds --unpack=CUB_200_2011.tgz
     python -m data.prepare birds --root=birds --check        open every part with our loaders, count, decode
 
-A download goes to FILE.part, goes on where it was cut, is checked against size and SHA-256, and only then gets
-its name.
+A download goes to FILE.part, goes on where it was cut, is checked against size and SHA-256, and only then gets its name.
 """
 import argparse
 import http.client
@@ -104,7 +103,6 @@ PLACES = {                                # set: (where it comes from, how its f
                "trnMat.pkl, valMat.pkl, tstMat.pkl, {image,audio,text}_feat.npy, or tiktok.inter and features"),
     **{name: (f"Amazon {name.title()} as prepared for MMRec; {UNKNOWN}",
               f"{name}.inter, image_feat.npy, text_feat.npy") for name in ("baby", "sports", "clothing")}}
-ALIASES = {"cub": "birds"}
 
 
 # -- fetching ------------------------------------------------------------------------------------------------
@@ -122,14 +120,13 @@ def fetch(url, path, size, sha256, timeout=30):
     part = path.with_name(path.name + ".part")
     if path.is_file():
         if path.stat().st_size != size or weights.sha256(path) != sha256:
-            raise ValueError(f"{path} is not the published file ({path.stat().st_size:,} bytes, expected {size:,} "
-                             f"with SHA-256 {sha256[:12]}...); move it away to fetch it again")
+            raise ValueError(f"{path} is not the published file ({path.stat().st_size:,} bytes, expected {size:,} with SHA-256 "
+                             f"{sha256[:12]}...); move it away to fetch it again")
         return 0
     start = part.stat().st_size if part.is_file() else 0
     got = transfer(url, part, start if start <= size else 0, size, timeout) if start != size else 0
     if part.stat().st_size < size:
-        raise ValueError(f"{url} was cut after {part.stat().st_size:,} of {size:,} bytes; the same command goes "
-                         "on from there")
+        raise ValueError(f"{url} was cut after {part.stat().st_size:,} of {size:,} bytes; the same command goes on from there")
     if part.stat().st_size > size or weights.sha256(part) != sha256:
         part.unlink()
         raise ValueError(f"{url} is not the published file: its checksum or size differs (expected {size:,} "
@@ -223,11 +220,6 @@ def bought(data):
             f"valid {len(data.valid):,}, test {len(data.test):,}")
 
 
-def explain(name):
-    origin, layout = PLACES[name]
-    return f"{name} comes from {origin}.\nIts folder holds  {layout}"
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__.split("\n")[0])
     parser.add_argument("name", nargs="?", help=", ".join(PLACES))
@@ -236,7 +228,7 @@ def main(argv=None):
     parser.add_argument("--unpack", help="an archive you downloaded, to be unpacked into the folder")
     parser.add_argument("--mirror", default=HOST, help="another server with the same paths")
     args = parser.parse_args(argv)
-    name = ALIASES.get(args.name, args.name)
+    name = captions.ALIASES.get(args.name, args.name)
     if name is None:
         print(*(f"{key:12} {'fetched' if key in FETCH else 'by hand':8} {PLACES[key][0]}" for key in PLACES), sep="\n")
         return
@@ -246,7 +238,8 @@ def main(argv=None):
     if args.unpack:
         print(f"{unpack(args.unpack, root):,} files unpacked into {root}")
     elif not args.check:
-        print(explain(name))
+        origin, layout = PLACES[name]
+        print(f"{name} comes from {origin}.\nIts folder holds  {layout}")
         for url, file, size, sha in listed(name, args.mirror):
             got = fetch(url, root / file, size, sha)
             print(f"{root / file}: {'fetched' if got else 'complete'}, {size:,} bytes, checksum right")

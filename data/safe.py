@@ -66,10 +66,11 @@ def outside(name):
 
 
 def read_text(path, hint=""):
-    """A UTF-8 text file, gzipped if its name ends in .gz; a byte order mark is dropped."""
+    """A UTF-8 text file, gzipped or not; a byte order mark is dropped."""
     path = there(path, hint)
     with damage(path):
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,17 +1,16 @@
 """The built-in shop: customers with planted tastes, products with a picture and a title, marked accidents.
 
-A product (data/views.py) is a design (shape, colour, texture) in a cluttered picture, and a title that always
-tells its kind and material and leaves attributes of the design out. A customer belongs to one of STYLES
-styles, deviates from it personally, and weighs what is seen against what is told (a U-shaped law: most
-customers mind one of the two):
+A product (data/views.py) is a design (shape, colour, texture) in a cluttered picture, and a title that always tells its kind
+and material and leaves attributes of the design out. A customer belongs to one of STYLES styles, deviates from it personally,
+and weighs what is seen against what is told (a U-shaped law: most customers mind one of the two):
 
     taste_u  =  LOYAL style + sqrt(1 - LOYAL^2) own
     p(i | u) ~  exp( STRENGTH (w_u seen_ui + (1 - w_u) told_ui) + fame_i )
 
-seen_ui sums the tastes for what the picture shows, told_ui for kind and material. Clicks are drawn from p
-without replacement. A share of the training clicks is replaced by accidents, drawn by fame alone and marked
-in `noise`; valid and test clicks are all meant. So the truth is known: who likes what and why, and which
-clicks mean nothing. The features are what the frozen small CLIP makes of pictures and titles.
+seen_ui sums the tastes for what the picture shows, told_ui for kind and material. Clicks are drawn from p without
+replacement. A share of the training clicks is replaced by accidents, drawn by fame alone and marked in `noise`; valid and test
+clicks are all meant. So the truth is known: who likes what and why, and which clicks mean nothing. The features are what the
+frozen small CLIP makes of pictures and titles.
 """
 import functools
 
@@ -32,9 +31,8 @@ STYLES, LOYAL, STRENGTH, FAME, ACCIDENTS = 60, 0.8, 4.0, 0.4, 0.15
 def shop(seed=0):
     """The fields of an `Interactions`, as a dict; deterministic from seed.
 
-    "truth" holds attributes {name: (I,)}, told {name: (I,) bool}, tastes {name: (U, values)}, style and
-    weight (U,), likes (U, I), fame (I,), and masks, a function from item ids to the product's pixels (n, 1,
-    H, W).
+    "truth" holds attributes {name: (I,)}, told {name: (I,) bool}, tastes {name: (U, values)}, style and weight (U,),
+    likes (U, I), fame (I,), and masks, a function from item ids to the product's pixels (n, 1, H, W).
     """
     view, rng = products(range(ITEMS), seed), generator(seed, 7)
     attributes = view["attributes"]
@@ -64,8 +62,7 @@ def shop(seed=0):
 def clicks(scores, fame, rng):
     """Draws without replacement (Gumbel top-n), split as MMRec does, accidents among train.   -> (E,) each
 
-    Each user has 7 to MOST clicks. Returned are user, item, accident (bool) and label (0 train, 1 valid, 2
-    test).
+    Each user has 7 to MOST clicks. Returned are user, item, accident (bool) and label (0 train, 1 valid, 2 test).
     """
     def draw(logits):
         return (logits - torch.rand(scores.shape, generator=rng).log().neg().log()).topk(MOST, 1).indices
@@ -95,12 +92,10 @@ def split_rule(user, seed):
     return label
 
 
-@functools.cache
+@functools.cache                               # it takes seconds
 @torch.no_grad()
 def features(seed):
     """What the frozen small CLIP makes of the products: {"image": (I, E), "text": (I, w)}, rows of length 1.
-
-    Made once in a process, for it takes seconds.
 
     image   its embedding of the picture, with clutter and background that no customer minds (drift)
     text    the mean of its word features: what a title leaves out is missing (omission). Not its sentence embedding, which

@@ -6,15 +6,13 @@ Vocabulary     the words of a training set in order of appearance; unknown words
 """
 import difflib
 import functools
-import gzip
 import html
 import re
 import unicodedata
-import zlib
 
 import torch
 
-from data.safe import there
+from data.safe import read_text
 
 MERGES = 49152 - 256 - 2              # merges that CLIP uses; the published file lists 262,145, the rest is ignored
 SPECIALS = ("<|startoftext|>", "<|endoftext|>")
@@ -76,15 +74,9 @@ def read_merges(path):
 
     raises  FileNotFoundError, or ValueError for a file that is cut short, not text or not a table of merges
     """
-    raw = there(path, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz (1.3 MB), comes with OpenAI's CLIP; put it beside the "
-                      "weights and pass its path").read_bytes()
-    try:
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
-    except (EOFError, OSError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged or not a CLIP vocabulary ({error}); its size should be 1,356,917 bytes "
-                         "gzipped; copy it again") from error
-    lines = text.split("\n")[1 : MERGES + 1]                 # line 0 is a version comment
-    merges = [tuple(line.split()) for line in lines]
+    text = read_text(path, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz (1,356,917 bytes), comes with OpenAI's CLIP; put it "
+                           "beside the weights and pass its path")
+    merges = [tuple(line.split()) for line in text.split("\n")[1 : MERGES + 1]]          # line 0 is a version comment
     wrong = next((n for n, pair in enumerate(merges) if len(pair) != 2), len(merges))
     if wrong < MERGES:
         raise ValueError(f"{path} is not a whole CLIP vocabulary: line {wrong + 2} should hold two symbols and there "
@@ -98,14 +90,14 @@ class BytePairs:
     ids: 256 byte symbols, the same with the end-of-word mark </w>, one per merge, start-of-text, end-of-text.
     """
 
-    def __init__(self, merges, context=77, pad=0):
-        symbols = list(byte_symbols().values())
+    def __init__(self, merges, context=77):
+        self.bytes = byte_symbols()
+        symbols = list(self.bytes.values())
         self.symbols = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges] + list(SPECIALS)
         self.ids = {symbol: n for n, symbol in enumerate(self.symbols)}
         self.rank = {tuple(pair): n for n, pair in enumerate(merges)}
         self.start, self.end = (self.ids[s] for s in SPECIALS)
-        self.context, self.pad = context, pad               # Stable Diffusion pads with `end` instead of 0
-        self.bytes = byte_symbols()
+        self.context, self.pad = context, 0                 # Stable Diffusion pads with `end`
         self.merge = functools.lru_cache(maxsize=2**16)(self.merge)     # the same words come again and again
 
     def merge(self, piece):
@@ -129,14 +121,6 @@ class BytePairs:
     def encode(self, text):
         """ids of one text without start and end.   -> list of int"""
         return [self.ids[symbol] for piece in scan(clean(text)) for symbol in self.merge(piece)]
-
-    def decode(self, ids):
-        """Text of ids; start, end and padding (when it is `end`) stay visible as markers."""
-        letters = {character: byte for byte, character in self.bytes.items()}
-        parts = re.split(r"(<\|startoftext\|>|<\|endoftext\|>|</w>)", "".join(self.symbols[int(i)] for i in ids))
-        raw = b"".join(part.encode() if part in SPECIALS else b" " if part == "</w>" else
-                       bytes(letters[ch] for ch in part) for part in parts)
-        return raw.decode("utf-8", errors="replace").strip()
 
     def __call__(self, texts, truncate=False):
         """(B, context) int64; too long a text is an error, or with truncate=True is cut and keeps its end mark."""
@@ -173,10 +157,9 @@ class WordTokenizer:
     """
 
     def __init__(self, words, context=32):
-        repeated = {word for word in words if words.count(word) > 1}
-        if repeated or not words:
-            found = f"repeated: {', '.join(sorted(repeated))}" if repeated else "none given"
-            raise ValueError(f"a word table needs distinct words; {found}")
+        if not words or len(set(words)) < len(words):
+            repeated = sorted({word for word in words if words.count(word) > 1})
+            raise ValueError(f"a word table needs distinct words; repeated: {', '.join(repeated) or 'none, there is no word'}")
         self.words, self.context = list(words), context
         self.ids = {word: n for n, word in enumerate(self.words, 1)}
         self.start, self.end, self.size = len(words) + 1, len(words) + 2, len(words) + 3
@@ -191,10 +174,6 @@ class WordTokenizer:
                 raise ValueError(f"'{word}' in '{text[:60]}' is not among the {len(self.words)} words of the "
                                  f"built-in world: {hint}")
         return [self.ids[word] for word in found]
-
-    def decode(self, ids):
-        """Words of ids; start, end and padding are left out."""
-        return " ".join(self.words[int(i) - 1] for i in ids if 0 < i < self.start)
 
     def __call__(self, texts, truncate=False):
         """(B, context) int64, zero padded."""

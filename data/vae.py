@@ -7,19 +7,29 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from data.weights import load_checked
+
 LATENT_SCALE = 0.18215     # 1 / standard deviation of the autoencoder's latents: unit variance in
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def norm(width, groups):
+    return nn.GroupNorm(groups, width, eps=1e-6)
+
+
+def conv(width_in, width_out):
+    return nn.Conv2d(width_in, width_out, 3, padding=1)
 
 
 class Resnet(nn.Module):
     """GroupNorm, SiLU, conv, twice, + input."""
 
-    def __init__(self, channels_in, channels_out, groups):
+    def __init__(self, width_in, width_out, groups):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, channels_in, eps=1e-6), nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, channels_out, eps=1e-6), nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        if channels_in != channels_out:
-            self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1)
+        self.norm1, self.conv1 = norm(width_in, groups), conv(width_in, width_out)
+        self.norm2, self.conv2 = norm(width_out, groups), conv(width_out, width_out)
+        if width_in != width_out:
+            self.conv_shortcut = nn.Conv2d(width_in, width_out, 1)
 
     def forward(self, x):
         h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
@@ -31,7 +41,7 @@ class Attention(nn.Module):
 
     def __init__(self, width, groups):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.group_norm = norm(width, groups)
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
@@ -42,6 +52,8 @@ class Attention(nn.Module):
 
 
 class Middle(nn.Module):
+    """Resnet, attention, resnet, at the coarsest level."""
+
     def __init__(self, width, groups):
         super().__init__()
         self.resnets = nn.ModuleList(Resnet(width, width, groups) for _ in range(2))
@@ -67,7 +79,7 @@ class Up(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv = conv(width, width)
 
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2))
@@ -95,12 +107,11 @@ class Encoder(nn.Module):
 
     def __init__(self, widths, latent, resnets, groups):
         super().__init__()
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.conv_in = conv(3, widths[0])
         self.down_blocks = nn.ModuleList(Level(widths[max(i - 1, 0)], w, resnets, groups, down=i < len(widths) - 1)
                                          for i, w in enumerate(widths))
         self.mid_block = Middle(widths[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
+        self.conv_norm_out, self.conv_out = norm(widths[-1], groups), conv(widths[-1], 2 * latent)
 
     def forward(self, x):
         x = self.conv_in(x)
@@ -115,12 +126,11 @@ class Decoder(nn.Module):
     def __init__(self, widths, latent, resnets, groups):
         super().__init__()
         widths = widths[::-1]
-        self.conv_in = nn.Conv2d(latent, widths[0], 3, padding=1)
+        self.conv_in = conv(latent, widths[0])
         self.mid_block = Middle(widths[0], groups)
         self.up_blocks = nn.ModuleList(Level(widths[max(i - 1, 0)], w, resnets + 1, groups, up=i < len(widths) - 1)
                                        for i, w in enumerate(widths))
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.conv_norm_out, self.conv_out = norm(widths[-1], groups), conv(widths[-1], 3)
 
     def forward(self, z):
         x = self.mid_block(self.conv_in(z))
@@ -195,9 +205,4 @@ def from_official(state_dict, groups=32):
         model = VAE(widths, len(state["post_quant_conv.bias"]), resnets, groups)
     except (KeyError, TypeError):
         raise ValueError("not a diffusers autoencoder: encoder.down_blocks or post_quant_conv is missing") from None
-    ours = model.state_dict()
-    wrong = sorted(set(ours) ^ set(state)) or [k for k in ours if ours[k].shape != state[k].shape]
-    if wrong:
-        raise ValueError(f"not a diffusers autoencoder: missing, unknown or misshapen {wrong[:5]}")
-    model.load_state_dict(state)
-    return model
+    return load_checked(model, state, "the diffusers autoencoder")

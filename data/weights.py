@@ -192,21 +192,11 @@ def check_names(expected, state, where):
         raise ValueError(f"{where} does not fit: " + "; ".join(complaints))
 
 
-def load_checked(module, state, where, rename=None):
-    """Copy a state dict into a module, strictly; numbers take the module's types.
+def load_checked(module, state, where):
+    """Copy a state dict into a module, strictly; numbers take the module's types.   -> the module
 
-    rename  {their name: our name} or a function; a function gives None for an entry to drop. Two of theirs that
-            become the same name of ours are an error.
-    raises  ValueError listing missing, unknown and misshapen entries in our names; nothing is loaded then
+    raises ValueError listing missing, unknown and misshapen entries; nothing is loaded then
     """
-    translate = rename if callable(rename) else (lambda name: (rename or {}).get(name, name))
-    ours = {}
-    for name, tensor in state.items():
-        new = translate(name)
-        if new in ours:
-            raise ValueError(f"{where}: two entries become '{new}', one of them is '{name}'")
-        if new is not None:
-            ours[new] = tensor
-    check_names({name: tensor.shape for name, tensor in module.state_dict().items()}, ours, where)
-    module.load_state_dict(ours)
+    check_names({name: tensor.shape for name, tensor in module.state_dict().items()}, state, where)
+    module.load_state_dict(state)
     return module

@@ -106,16 +106,16 @@ def test_packing_adds_start_and_end_and_pads_and_truncates():
     with pytest.raises(ValueError, match="6 tokens with start and end, the text tower reads 5"):
         t("c c c c")
     assert t("c c c c", truncate=True).tolist() == [[517, 322, 322, 322, 518]]
-    assert tokeniser(context=4, pad=518)("c").tolist() == [[517, 322, 518, 518]]
     assert (t(["c", ""]).argmax(1) == torch.tensor([2, 1])).all()       # end-of-text has the largest id
+    t.pad = t.end
+    assert t("c").tolist() == [[517, 322, 518, 518, 518]]
 
 
-def test_decoding_inverts_encoding_for_any_text():
-    t = tokeniser()
+def test_nothing_is_lost_between_a_text_and_its_ids():
+    t, letters = tokeniser(), {character: byte for byte, character in byte_symbols().items()}
     for text in ("abc cab", "naïve 漢字 😀", "tab"):
-        assert t.decode(t.encode(text)) == text
-    assert t.decode([517, 513, 518]) == "<|startoftext|>abc <|endoftext|>"
-    assert t.decode([t.ids["Ã"]]) == "\ufffd"                           # half a character
+        parts = "".join(t.symbols[i] for i in t.encode(text)).split("</w>")
+        assert b" ".join(bytes(letters[ch] for ch in part) for part in parts[:-1]).decode() == text
 
 
 def vocabulary_file(folder, lines=MERGES + 10, name="bpe.txt.gz"):
@@ -143,7 +143,7 @@ def test_a_bad_vocabulary_gets_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="line 102 should hold two symbols"):
         read_merges(vocabulary_file(tmp_path, lines=100))
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xe9" * 20)
-    with pytest.raises(ValueError, match="not a CLIP vocabulary"):
+    with pytest.raises(ValueError, match=r"latin\.txt, line 1: byte 0xff is not UTF-8"):
         read_merges(tmp_path / "latin.txt")
 
 
@@ -162,7 +162,6 @@ def test_word_ids_start_at_one_and_end_is_the_largest():
     t = WordTokenizer(["red", "blue", "circle"], context=6)
     assert t("Blue circle, red!").tolist() == [[4, 2, 3, 1, 5, 0]]
     assert (t.start, t.end, t.size) == (4, 5, 6)
-    assert t.decode(t("blue circle")[0]) == "blue circle"
     with pytest.raises(ValueError, match="7 tokens"):
         t("red red red red red")
 

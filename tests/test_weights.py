@@ -136,18 +136,9 @@ def test_long_lists_are_cut():
         load_checked(nn.Linear(1, 1), nn.Linear(1, 1).state_dict() | {f"x{n}": torch.zeros(1) for n in range(9)}, "w")
 
 
-def test_names_are_mapped_by_a_table_or_a_function():
-    theirs = {"module.kernel": torch.ones(2, 3).half(), "module.bias": torch.zeros(2), "steps": torch.tensor(3)}
-
-    def rename(name):
-        return None if name == "steps" else name.removeprefix("module.").replace("kernel", "weight")
-
-    layer = load_checked(nn.Linear(3, 2), theirs, "w", rename)
+def test_numbers_take_the_types_of_the_module():
+    layer = load_checked(nn.Linear(3, 2), {"weight": torch.ones(2, 3).half(), "bias": torch.zeros(2)}, "w")
     assert torch.equal(layer.weight, torch.ones(2, 3)) and layer.weight.dtype == torch.float32
-    load_checked(nn.Linear(3, 2), {"w": torch.ones(2, 3), "b": torch.zeros(2)}, "w", {"w": "weight", "b": "bias"})
-    with pytest.raises(ValueError, match="two entries become 'weight'"):
-        two = {"weight": torch.ones(2, 3), "kernel": torch.ones(2, 3)}
-        load_checked(nn.Linear(3, 2), two, "w", {"kernel": "weight"})
 
 
 def test_state_dicts_in_torchs_format_are_read_and_unwrapped(tmp_path):
