@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import parallel, report
 from data.batches import seed_from
 from data.options import fields, from_plain, parse, plain, show_help
-from data.weights import load_checkpoint, save_checkpoint
+from data.weights import load_checkpoint, load_parts, save_checkpoint
 
 MODELS = {  # name: (module, Config overrides, paper, what it does, CPU-minutes)
     "mvgcn": ("gcn.task", {"model": "mgcn"}, "MGCN, MM 2023", "multi-view graphs for multimedia recommendation", 1),
@@ -204,13 +204,7 @@ def newest_checkpoint(folder, device):
 
 def restore(task, checkpoint, path, optimisers=True):
     """Load a checkpoint into task.saved.   raises ValueError where it does not fit"""
-    for key, part in task.saved.items():
-        if optimisers or not isinstance(part, torch.optim.Optimizer):
-            try:
-                part.load_state_dict(checkpoint["state"][key])
-            except (KeyError, RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split())[:300]
-                raise ValueError(f"{path} does not fit this model: '{key}': {reason}") from None
+    load_parts(task.saved, checkpoint["state"], f"{path} does not fit this model", optimisers)
 
 
 def check_same_config(checkpoint, cfg, path):

@@ -3,6 +3,7 @@
 Every random choice of a run is drawn from a generator made of integers that name it: (seed, step), (seed, epoch), ...
 Sixty steps are therefore bit for bit forty steps, a kill, and twenty more.
 """
+import copy
 import functools
 
 import torch
@@ -43,3 +44,24 @@ def batch_rows(n, size, seed, t):
         parts.append(_permutation(n, seed, epoch)[offset : offset + stop - start])
         start += len(parts[-1])
     return torch.cat(parts)
+
+
+def train_quietly(make, cfg):
+    """A rival trained beside a run, without files or a bar, step for step as train.py would.   make(cfg) -> task
+
+    Returns the task as it was at its best evaluation on validation.
+    """
+    torch.manual_seed(seed_from(cfg.seed))
+    task, best, stale, state = make(cfg), float("-inf"), 0, {}
+    for step, batch in enumerate(task.batches(cfg.seed, 0, cfg.steps), 1):
+        torch.manual_seed(seed_from(cfg.seed, step - 1))
+        task.update(batch, step - 1)
+        if step % cfg.eval_every == 0 or step == cfg.steps:
+            score = task.evaluate("valid")[task.headline] * (1 if task.better == "higher" else -1)
+            stale += 1
+            if score > best:
+                best, stale, state = score, 0, copy.deepcopy(task.model.state_dict())
+            if 0 < cfg.patience <= stale:
+                break
+    task.model.load_state_dict(state)
+    return task

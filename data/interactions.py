@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from data.batches import batch_rows, generator
+from data.metrics import ranking_chance
 from data.safe import load_pickle, read_arrays, read_json, read_text, reason
 from data.shop import shop, split_rule
 
@@ -40,6 +41,34 @@ class Interactions:
 
     def sampler(self, device="cpu"):
         return Sampler(self, device)
+
+    def chance(self):
+        """What a shuffled list scores on test, training items left out (data.metrics.ranking)."""
+        clicked = torch.bincount(self.train[:, 0], minlength=self.users)
+        return ranking_chance(users=self.test[:, 0], items=self.items, seen=clicked)
+
+    def name(self, item):
+        return f"{self.titles[item]} (#{item})" if self.titles else f"item {item}"
+
+    def history(self, user):
+        """Training items of a user.   raises ValueError for an unknown user, or one without a training click"""
+        if not 0 <= user < self.users:
+            raise ValueError(f"there is no user {user}: ids run from 0 to {self.users - 1}; pass one with --user")
+        history = self.train[self.train[:, 0] == user, 1]
+        if not len(history):
+            raise ValueError(f"user {user} has no training click, so nothing is known to recommend from; try --user "
+                             f"{int(self.train[len(self.train) // 2, 0])}")
+        return history
+
+    def lists(self, users, best, scores):
+        """What users clicked and what a model ranks first for them, hits marked, as lines.   users (n,), best, scores (n, k)"""
+        lines = []
+        for user, items, values in zip(users.tolist(), best.tolist(), scores.tolist(), strict=True):
+            past, wanted = (part[part[:, 0] == user, 1].tolist() for part in (self.train, self.test))
+            lines += ["", f"user {user} clicked: " + "; ".join(map(self.name, past[:12]))]
+            lines += [f"  {place:2}  {score:7.3f}  {self.name(i)}{'   <- the held-out item' * (i in wanted)}"
+                      for place, (i, score) in enumerate(zip(items, values, strict=True), 1) if i >= 0]
+        return lines
 
     def __str__(self):
         sizes = " / ".join(f"{len(getattr(self, s)):,}" for s in SPLITS)
@@ -92,13 +121,13 @@ class Sampler:
 
 # ---- reading what people download --------------------------------------------------------------------------
 
-def load(name="builtin", root="", seed=0, modalities=None, repair=False):
+def load(name="builtin", root="", seed=0, modalities=(), repair=False):
     """The built-in shop, or a data set in a folder as MMRec, BeFA, MMSSL, DiffMM or an .npz pack have it.
 
     name        "builtin", or what the files are called: NAME.inter, NAME.npz, else the layout's fixed names
     root        the folder; features are its *_feat.npy, and the prefix is the modality's name
     seed        of the built-in shop, and of the split where a table has no x_label column
-    modalities  which ones and in which order; None: all of them, in alphabetical order
+    modalities  which ones and in which order; (): all of them, in alphabetical order; ("none",): none
     repair      False: a pair given twice, or a feature row that is zero or not finite, is an error.
                 True: keep a pair's first occurrence (train before valid before test), and give bad rows the
                 mean of the good ones, as MMRec does for items without a picture; `repaired` counts both
@@ -263,8 +292,8 @@ def read_features(path, items, modalities, repair, repaired):
 
 
 def chosen(there, wanted, where):
-    """The wanted modality names, all of which must be there; None: all, in alphabetical order."""
-    wanted = sorted(there) if wanted is None else wanted
+    """The wanted modality names, all of which must be there; (): all, in alphabetical order; ("none",): none."""
+    wanted = () if tuple(wanted) == ("none",) else wanted or sorted(there)
     for name in wanted:
         if name not in there:
             raise ValueError(f"{where} has no modality {name!r}; it has {', '.join(sorted(there)) or 'none'}")

@@ -3,6 +3,7 @@ import dataclasses
 import difflib
 import inspect
 import re
+import sys
 
 
 def fields(config):
@@ -63,6 +64,20 @@ def parse(argv, *configs, command="the command"):
     return typed
 
 
+def check_words(config, **known):
+    """raises ValueError for the first option whose value is none of its known words;  known: option=words"""
+    for name, words in known.items():
+        if getattr(config, name) not in words:
+            raise ValueError(f"--{name}={getattr(config, name)} is unknown; choose {', '.join(map(str, words))}")
+
+
+def check_ranges(config, **ranges):
+    """raises ValueError for the first option whose value is out of its range;  ranges: option=(least, most)"""
+    for name, (least, most) in ranges.items():
+        if not least <= getattr(config, name) <= most:
+            raise ValueError(f"--{name}={getattr(config, name)} is out of range: choose {least} to {most}")
+
+
 def show_help(command, *configs):
     """Print every option with its default and its comment; a field of an earlier config hides a later one's."""
     print(f"{command} [--option=value ...]\n\n{inspect.getdoc(configs[0])}\n")
@@ -91,3 +106,28 @@ def from_plain(config, values):
     if unknown:
         raise ValueError(f"the checkpoint has options this code does not know: {', '.join(sorted(unknown))}")
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+# -- the verbs: python -m FOLDER.VERB [WORDS] [--option=value ...] ------------------------------------------------------------
+
+
+def words_first(argv):
+    """-> the words before the first option, the rest"""
+    first = next((n for n, word in enumerate(argv) if word.startswith("--") or word == "-h"), len(argv))
+    return argv[:first], argv[first:]
+
+
+def options_of(argv, config, command):
+    """An instance of `config` from the command line; --help shows its options and ends."""
+    if {"-h", "--help"} & set(argv):
+        show_help(command, config)
+        sys.exit()
+    return config(**parse(argv, config, command=command))
+
+
+def run(main):
+    """A verb's last line: what a user did wrong becomes one sentence instead of a traceback."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

@@ -1,6 +1,7 @@
 """Weights and checkpoints on disk: written aside and renamed, read without ever executing a pickle.
 
 save_checkpoint, load_checkpoint     our own runs (torch format, weights only)
+open_run, load_parts                 what a verb needs of one: its options, and its parts checked one by one
 write_safetensors, read_safetensors  8 bytes of header length, a JSON header, raw numbers: no code can hide in it
 read_state, load_checked, sha256     somebody else's weights: any of the two formats, checked name by name
 """
@@ -61,6 +62,27 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a checkpoint of this project: it holds one {type(found).__name__}")
     return found
+
+
+def open_run(path, *names):
+    """A checkpoint that train.py wrote for one of the models `names`.   -> its options (plain values), its state
+
+    raises FileNotFoundError or ValueError
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint.get("name") not in names or not {"config", "state"} <= checkpoint.keys():
+        raise ValueError(f"{path} holds '{checkpoint.get('name')}', not a run of {' or '.join(names)}; point --ckpt at one")
+    return checkpoint["config"], checkpoint["state"]
+
+
+def load_parts(parts, state, where, optimisers=False):
+    """Load the state of a checkpoint into {name: part}.   raises ValueError, starting with `where`, if one does not fit"""
+    for name, part in parts.items():
+        if optimisers or not isinstance(part, torch.optim.Optimizer):
+            try:
+                part.load_state_dict(state[name])
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{where}: '{name}': {' '.join(str(error).split())[:300]}") from None
 
 
 def torch_load(path, complaint, device="cpu"):

@@ -168,8 +168,8 @@ def soft_target(form, p, gamma, rows, share_user, share_entry, score=None):
 def neighbour_scores(clicks, k, block=1024):
     """Semi-supervised targets [I]: how near an item is to the user's clicks, at most 1, for their k nearest items each.
 
-    Nearness is a two-step walk item -> its users -> their items without the way back to itself, D_i^-1 R^T D_u^-1.5 R: a user with
-    many clicks says less.
+    Nearness is a two-step walk item -> its users -> their items without the way back to itself, D_i^-1 R^T D_u^-1.5 R: a user
+    with many clicks says less.
     clicks Graph (U, I) of ones -> pattern Graph (U, I) (clicks and scored items, weights x_0), score (E,) in [0, 1]
     """
     U, I = clicks.shape

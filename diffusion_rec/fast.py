@@ -1,6 +1,6 @@
 """Exact shortcuts that keep users x items out of a training step, each beside its naive twin (specification, section 13).
 
-    input      W_in^T x_0 is a sum of rows of W_in over the user's clicks: a gather, no product with a dense row
+    input      W_in^T x_0 is a sum of rows of W_in over the user's clicks: `propagate`, no product with a dense row
     noise      W_in^T eps with eps ~ N(0, 1_I) is Gaussian with covariance G = W_in^T W_in: draw it in d dimensions
     loss       || f - (V h + b) ||^2 over all items from V^T V and the scores of the few items whose target is special
     chain      the next state of the reverse chain enters C-Net as W_in^T x: follow that (d numbers) instead of x (I numbers)
@@ -10,7 +10,7 @@ Matrices: W_in (I, d) `table`, V (I, d) `out`, b (I,) `bias`. Everything here st
 import torch
 from torch.nn import functional as F
 
-from kernels.graph import Graph, propagate
+from kernels.graph import Graph
 
 
 def drop_clicks(rows, p, share):
@@ -27,15 +27,6 @@ def unit_rows(rows):
     """Every row divided by its length; an empty row stays empty.   Graph -> Graph"""
     square = torch.zeros(rows.shape[0], device=rows.col.device).index_add_(0, rows.row_of, rows.weight.square())
     return Graph(rows.ptr, rows.col, rows.weight * square.clamp(min=1e-12).rsqrt()[rows.row_of], rows.shape)
-
-
-def latent_input(rows, table):
-    """W_in^T x for sparse rows x.   rows Graph (B, I), table (I, d) -> (B, d)"""
-    return propagate(rows, table)
-
-
-def latent_input_naive(rows, table):
-    return rows.dense() @ table
 
 
 def latent_noise(table, z):

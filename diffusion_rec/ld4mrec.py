@@ -15,18 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import parallel
-from diffusion_rec import fast
-from diffusion_rec.diffusion import (
-    TimeSampler,
-    drawn,
-    drawn_for_entries,
-    dropout,
-    neighbour_scores,
-    posterior,
-    schedule,
-    snr_weight,
-    soft_target,
-)
+from diffusion_rec import diffusion, fast
+from diffusion_rec.diffusion import drawn, dropout
 from diffusion_rec.lightgcn import item_embeddings
 from kernels.graph import Graph, propagate
 
@@ -64,6 +54,17 @@ def collaborative_signal(graph, k, rounds=12):
     there = sigma > 1e-4 * sigma[0].clamp(min=1e-12)
     scaled = right * sign * torch.where(there, sigma, 1.0).rsqrt() * there
     return F.pad(scaled, (0, max(0, k - width)))[:, :k].float()
+
+
+def collaborative_table(cfg, clicks):
+    """c_u is per_user times the sum of a table's rows over the user's clicks.   -> table (I, k), per_user (U, 1)"""
+    if cfg.collab == "raw":
+        return collaborative_signal(clicks, cfg.svd), torch.ones(clicks.shape[0], 1, device=clicks.device)
+    smooth = cfg.smooth if cfg.collab == "svd" else 0.0
+    per_item, per_user = ((g.counts + smooth).clamp(min=1).rsqrt()[:, None] for g in (clicks.T, clicks))
+    lightgcn = cfg.collab == "lightgcn"
+    signal = item_embeddings(cfg, clicks) if lightgcn else collaborative_signal(normalised(clicks, smooth), cfg.svd)
+    return per_item * signal, per_user
 
 
 def content(x, most=MOST):
@@ -152,11 +153,11 @@ class Preference(nn.Module):
 
 
 class Adapter(nn.Sequential):
-    """BeFA's adapter (AAAI 2025): content of a modality -> a mask in (0, 1) over the item's behaviour vector.   (I, d_m) -> (I, d)"""
+    """BeFA's adapter (AAAI 2025): content -> a mask in (0, 1) over the item's behaviour vector.   (I, d_m) -> (I, d)"""
 
-    def __init__(self, given, d, times=2, p=0.3):
-        super().__init__(nn.Linear(given, d), nn.Linear(d, times * d), nn.ReLU(), nn.Dropout(p), nn.Tanh(), nn.Linear(times * d, times * d),
-                         nn.ReLU(), nn.Dropout(p), nn.Linear(times * d, d), nn.Sigmoid())
+    def __init__(self, given, d, p=0.3):
+        super().__init__(nn.Linear(given, d), nn.Linear(d, 2 * d), nn.ReLU(), nn.Dropout(p), nn.Tanh(),
+                         nn.Linear(2 * d, 2 * d), nn.ReLU(), nn.Dropout(p), nn.Linear(2 * d, d), nn.Sigmoid())
 
 
 class LD4MRec(nn.Module):
@@ -173,22 +174,21 @@ class LD4MRec(nn.Module):
         width = {m: cfg.width if cfg.befa else min(x.shape[1], MOST) for m, x in features.items()}
         self.modalities = width if cfg.guide_modality else {}                                  # {m: width of p_um}
         self.conditions(features)
-        betas, abar = schedule(cfg.T, cfg.scale, cfg.low, cfg.high, cfg.first_beta)
-        a, b = posterior(betas, abar)
+        betas, abar = diffusion.schedule(cfg.T, cfg.scale, cfg.low, cfg.high, cfg.first_beta)
+        a, b = diffusion.posterior(betas, abar)
         for name, x in {"betas": betas, "abar": abar, "variance": 1 - abar, "to_clean": a, "to_state": b,
-                        "snr": snr_weight(abar)}.items():          # from float64: 1 - float32(abar) has 3 digits left
+                        "snr": diffusion.snr_weight(abar)}.items():    # from float64: 1 - float32(abar) has 3 digits left
             self.register_buffer(name, x.float())                                              # abar[0] = 1, variance[0] = 0
-        self.times = TimeSampler(cfg.T, cfg.t_sampling == "importance")                        # t ~ Importance({1..T}) [F]
+        self.times = diffusion.TimeSampler(cfg.T, cfg.t_sampling == "importance")              # t ~ Importance({1..T}) [F]
         self.table_in, self.bias_in = nn.Parameter(torch.empty(items, cfg.width)), nn.Parameter(torch.zeros(cfg.width))
         self.network()
         self.table_out, self.bias_out = nn.Parameter(torch.empty(items, cfg.width)), nn.Parameter(torch.zeros(items))
         for weight in (p for name, p in self.named_parameters() if p.dim() == 2):
             nn.init.xavier_normal_(weight)                                                     # [D]
-        if cfg.zero_start:
-            for block in (m for m in self.modules() if isinstance(m, Denoise | Guide)):
-                nn.init.zeros_((block.w2 if isinstance(block, Denoise) else block.out).weight)
+        for block in (m for m in self.modules() if isinstance(m, Denoise | Guide)):            # blocks start as the identity
+            nn.init.zeros_((block.w2 if isinstance(block, Denoise) else block.out).weight)
         if cfg.soft_target == "neighbour":
-            self.pattern, self.score = neighbour_scores(self.clicks, cfg.neighbours)
+            self.pattern, self.score = diffusion.neighbour_scores(self.clicks, cfg.neighbours)
 
     def conditions(self, features):
         """Item tables whose sums over a user's clicks are c_u and p_um (Sec. 4), side by side; no gradient."""
@@ -196,15 +196,8 @@ class LD4MRec(nn.Module):
         if cfg.guide_modality and not features:
             raise ValueError("modality guidance needs content features; without any pass --guide_modality=false")
         if cfg.guide_collab:
-            smooth = cfg.smooth if cfg.collab == "svd" else 0.0
-            per_item, per_user = ((g.counts + smooth).clamp(min=1).rsqrt()[:, None] for g in (clicks.T, clicks))
-            if cfg.collab == "raw":
-                per_item, per_user = torch.ones_like(per_item), torch.ones_like(per_user)
-            if cfg.collab == "lightgcn":
-                signal = item_embeddings(cfg, clicks)
-            else:
-                signal = collaborative_signal(clicks if cfg.collab == "raw" else normalised(clicks, smooth), cfg.svd)
-            tables.append(per_item * signal)
+            table, per_user = collaborative_table(cfg, clicks)
+            tables.append(table)
             self.register_buffer("per_user_c", per_user)
         if self.modalities:
             self.register_buffer("per_item", clicks.T.counts.clamp(min=1).rsqrt()[:, None])
@@ -252,18 +245,15 @@ class LD4MRec(nn.Module):
 
     def forward(self, entered, tau, guidance):
         """C-Net between the tables.   entered (B, d) = W_in^T x, tau (B, d_t), guidance as above -> h (B, d)"""
-        (c, p), h, r = guidance, entered + self.bias_in, None
-        given = [tau] if c is None else [tau, c]
-        if p:
-            r, _ = self.attn(p)
-            given += [r] if self.cfg.order == "single" else []
-        given = torch.cat(given, 1)
-        for level in range(self.cfg.layers):
-            guide = self.bg[level] if len(self.bg) else lambda h, r: h
-            if self.cfg.order == "BGBD":
-                h = self.bd[level](guide(h, r), given)
-            else:
-                h = guide(self.bd[level](h, given), r)
+        (c, p), h, order = guidance, entered + self.bias_in, self.cfg.order
+        r = self.attn(p)[0] if p else None                                                     # (B, d)
+        given = torch.cat([x for x in (tau, c, r if order == "single" else None) if x is not None], 1)
+        for level, denoise in enumerate(self.bd):
+            if self.bg and order == "BGBD":
+                h = self.bg[level](h, r)
+            h = denoise(h, given)
+            if self.bg and order == "BDBG":
+                h = self.bg[level](h, r)
         return h
 
     # -- training (sections 3 and 7) --
@@ -280,7 +270,7 @@ class LD4MRec(nn.Module):
         if cfg.noise == "latent":
             z = drawn(torch.randn, *abar.shape, cfg.width, device=abar.device) if z is None else z
             eps = fast.latent_noise(table, z) if noise.any() else 0
-            return abar.sqrt()[:, None] * fast.latent_input(rows, table) + noise.sqrt()[:, None] * eps
+            return abar.sqrt()[:, None] * propagate(rows, table) + noise.sqrt()[:, None] * eps
         eps = drawn(torch.randn, *rows.shape, device=abar.device)
         return self.enter_state(abar.sqrt()[:, None] * rows.dense() + noise.sqrt()[:, None] * eps)
 
@@ -303,7 +293,7 @@ class LD4MRec(nn.Module):
         abar, noise = torch.where(clean, 1.0, self.abar[t]), torch.where(clean, 0.0, self.variance[t])
         shown = rows
         if cfg.acts_on == "clicks" and cfg.dropout_in:
-            shown = fast.drop_clicks(rows, cfg.dropout_in, drawn_for_entries(self.clicks, users))
+            shown = fast.drop_clicks(rows, cfg.dropout_in, diffusion.drawn_for_entries(self.clicks, users))
         tau = torch.where(clean[:, None], self.tau_in(n), self.tau(t))
         guidance = self.guidance(rows if cfg.guides_see == "whole" else shown, mine)
         h = self(self.enter(shown, abar, noise), tau, guidance).float()
@@ -319,9 +309,9 @@ class LD4MRec(nn.Module):
         graph = self.pattern if neighbour else self.clicks
         rows = graph.rows(mine)
         share = drawn(torch.rand, len(mine), device=users.device)
-        each = drawn_for_entries(graph, users) if cfg.soft_target == "positive_only" else None
+        each = diffusion.drawn_for_entries(graph, users) if cfg.soft_target == "positive_only" else None
         score = self.score[rows.entries] if neighbour else None
-        return soft_target(cfg.soft_target, cfg.p, cfg.gamma, rows, share, each, score)
+        return diffusion.soft_target(cfg.soft_target, cfg.p, cfg.gamma, rows, share, each, score)
 
     def reconstruction(self, h, target):
         """|| f_S - x_hat ||^2 of every user, or the cross-entropy between them.   h (B, d) -> (B,)"""

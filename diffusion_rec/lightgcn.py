@@ -1,4 +1,6 @@
 """LightGCN (He et al., SIGIR 2020): the graph rival, and an encoder of the collaborative signal (--collab=lightgcn)."""
+import dataclasses
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -49,7 +51,7 @@ def item_embeddings(cfg, clicks, steps=200, batch=1024):
     active = edges[:, 0].unique()
     with torch.random.fork_rng(devices=[clicks.device] if clicks.device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(0)
-        model = LightGCN(cfg.narrow(cfg.svd), users, items, edges)
+        model = LightGCN(dataclasses.replace(cfg, width=cfg.svd), users, items, edges)
         adam, draw = torch.optim.Adam(model.parameters(), lr=5e-3), generator(0, 23)
         for _ in range(steps):
             chosen = active[torch.randint(len(active), (batch,), generator=draw).to(active.device)]

@@ -5,17 +5,16 @@
 What a click carried is the fall of the score when this one click is taken out of the row: one call on as many rows as there are
 clicks. The network is not linear, so the parts need not add up to the score.
 """
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data.options import from_plain, parse, show_help
+from data.options import check_words, from_plain, options_of, run
 from data.pictures import bars
-from data.weights import load_checkpoint
+from data.weights import load_parts, open_run
 from diffusion_rec.ld4mrec import LD4MRec
-from diffusion_rec.task import Config, Task
+from diffusion_rec.task import WORDS, Config, Task
 from kernels.graph import Graph
 from kernels.ranking import top_k
 
@@ -35,28 +34,10 @@ class Options:
 
 def restore(ckpt, root=""):
     """The task a checkpoint describes, with its weights.   raises ValueError or FileNotFoundError, one sentence"""
-    checkpoint = load_checkpoint(ckpt)
-    config = checkpoint.get("config", {})
-    if "soft_target" not in config:
-        raise ValueError(f"{ckpt} holds '{checkpoint.get('name')}', not a model of diffusion_rec; point --ckpt at a run of ld4mrec")
+    config, state = open_run(ckpt, "ld4mrec")
     task = Task(from_plain(Config, config | ({"root": root} if root else {})), torch.device("cpu"))
-    try:
-        task.model.load_state_dict(checkpoint["state"]["model"])
-    except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{ckpt} does not fit the data in --root={task.cfg.root or 'builtin'}: {reason}") from None
+    load_parts(task.saved, state, f"{ckpt} does not fit the data in --root={task.cfg.root or 'builtin'}")
     return task
-
-
-def check_user(task, user):
-    """Their training clicks.   raises ValueError for an unknown user or one without a training click"""
-    history = task.train[task.train[:, 0] == user, 1]
-    if not 0 <= user < task.data.users:
-        raise ValueError(f"there is no user {user}: ids run from 0 to {task.data.users - 1}; pass one with --user")
-    if not len(history):
-        known = int(task.train[len(task.train) // 2, 0])
-        raise ValueError(f"user {user} has no training click, so nothing is known to recommend from; try --user {known}")
-    return history
 
 
 @torch.no_grad()
@@ -70,40 +51,31 @@ def carried(model, user, history, items):
 
 
 def main(argv):
-    if "--help" in argv or "-h" in argv:
-        return show_help("python -m diffusion_rec.recommend", Options)
-    options = Options(**parse(argv, Options, command="python -m diffusion_rec.recommend"))
-    task = restore(options.ckpt, options.root)
-    history = check_user(task, options.user)
+    options = options_of(argv, Options, "python -m diffusion_rec.recommend")
     if options.top < 1:
         raise ValueError(f"--top={options.top}: ask for at least one item")
-    if options.inference not in ("", "forward_free", "one_step", "chain"):
-        raise ValueError(f"--inference={options.inference} is unknown; choose forward_free, one_step or chain")
+    if options.inference:
+        check_words(options, inference=WORDS["inference"])
+    task = restore(options.ckpt, options.root)
+    history, name, user = task.data.history(options.user), task.data.name, options.user
     if options.why and not isinstance(task.model, LD4MRec):
         raise ValueError(f"--why explains ld4mrec, diffrec and autoencoder; {task.cfg.model} has no row to take a click from")
-    titles = task.data.titles
-    def name(i):
-        return f"{titles[i]} (#{i})" if titles else f"item {i}"
-
     users, items = task.encoded(options.inference or None)
-    best, scores = top_k(users, items, torch.tensor([options.user]), min(options.top, task.data.items), task.seen)
+    best, scores = top_k(users, items, torch.tensor([user]), min(options.top, task.data.items), task.seen)
     best, scores = best[best >= 0], scores[best >= 0]
-    print(f"user {options.user} clicked {len(history)} items: " + "; ".join(name(i) for i in history[:8].tolist()))
-    why = carried(task.model, options.user, history, best).T if options.why else [None] * len(best)
-    for place, (item, score, parts) in enumerate(zip(best.tolist(), scores.tolist(), why, strict=True), 1):
-        print(f"{place:3}  {score:8.3f}  {name(item)}")
-        if parts is not None:
-            order = parts.argsort(descending=True)[:3].tolist()
-            print("      past items that carried it  " + ", ".join(f"{name(int(history[k]))} {float(parts[k]):+.3f}" for k in order))
+    print(f"user {user} clicked {len(history)} items: " + "; ".join(map(name, history[:8].tolist())))
+    why = carried(task.model, user, history, best).T if options.why else None                  # (n, H)
+    for n, (item, score) in enumerate(zip(best.tolist(), scores.tolist(), strict=True)):
+        print(f"{n + 1:3}  {score:8.3f}  {name(item)}")
+        if options.why:
+            parts = [f"{name(int(history[k]))} {float(why[n, k]):+.3f}" for k in why[n].argsort(descending=True)[:3]]
+            print("      past items that carried it  " + ", ".join(parts))
     if options.why:
-        path = Path(options.out or Path(options.ckpt).with_name(f"user-{options.user}.png"))
-        bars(path, {f"without {name(int(history[k]))}": -float(why[0][k]) for k in why[0].argsort(descending=True).tolist()},
-             f"user {options.user}: change of the score {scores[0]:.3f} of {name(int(best[0]))} when one click is forgotten")
+        path = Path(options.out or Path(options.ckpt).with_name(f"user-{user}.png"))
+        bars(path, {f"without {name(int(history[k]))}": -float(why[0, k]) for k in why[0].argsort(descending=True)},
+             f"user {user}: change of the score {scores[0]:.3f} of {name(int(best[0]))} when one click is forgotten")
         print(f"-> {path}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run(main)

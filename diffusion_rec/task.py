@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from data import parallel
-from data.batches import batch_rows, generator, seed_from
+from data.batches import batch_rows, generator, train_quietly
 from data.interactions import load
-from data.metrics import ranking, ranking_chance, roc_auc
+from data.metrics import ranking, roc_auc
+from data.options import check_ranges, check_words
 from data.pictures import curves, panels
 from diffusion_rec import rivals
 from diffusion_rec.ld4mrec import LD4MRec
@@ -28,11 +29,13 @@ WORDS = {"model": tuple(MODELS), "inference": ("forward_free", "one_step", "chai
          "soft_target": ("user_level", "positive_only", "neighbour", "off"), "t_sampling": ("importance", "uniform"),
          "weighting": ("none", "snr"), "acts_on": ("clicks", "state"), "noise": ("latent", "dense"), "objective": ("mse", "ce"),
          "guides_see": ("whole", "shown"), "loss": ("closed", "dense")}
+RANGES = {"T": (1, 10_000), "p": (0, 1), "gamma": (0, 0.499), "rho": (0, 1), "fake": (0, 10), "dropout": (0, 0.99),
+          "dropout_in": (0, 0.99), "width": (1, 10**5), "time_width": (2, 10**4), "layers": (1, 100), "svd": (1, 10**4)}
 
 
 @dataclass
 class Config:
-    """LD4MRec on a multimodal shop (defaults: the built-in data; --paper=tiktok: tuned by us, the paper's values are unknown)."""
+    """LD4MRec on a multimodal shop (defaults: the built-in data; --paper=tiktok: tuned by us, the paper's are unknown)."""
 
     model: str = "ld4mrec"           # ld4mrec, diffrec, autoencoder, lightgcn or popularity
     data: str = "builtin"            # builtin, or the name of the files in --root (tiktok for tiktok.inter)
@@ -46,8 +49,7 @@ class Config:
     eval_every: int = 20             # steps between evaluations
     patience: int = 0                # evaluations without improvement before stopping; 0: never
     batch: int = 512                 # users in a step, B
-    lr: float = 2e-3                 # AdamW step size
-    weight_decay: float = 0.0        # AdamW's weight decay
+    lr: float = 2e-3                 # Adam step size
     width: int = 64                  # latent width of C-Net, d
     layers: int = 2                  # pairs of blocks, L
     order: str = "BDBG"              # denoise then guide; BGBD: guide first; single: no BG, preference enters BD
@@ -57,7 +59,6 @@ class Config:
     dropout_in: float = 0.7          # share of the input's clicks forgotten in training (DiffRec: 0.5)
     normalise: bool = False          # input rows get length 1
     acts_on: str = "clicks"          # what the two above act on: clicks (exact shortcuts hold) or state (x_t, as DiffRec)
-    zero_start: bool = True          # last layer of each block starts at zero
     guide_collab: bool = True        # collaborative signal c_u
     collab: str = "svd"              # encoder of c_u: svd of R_hat, raw (svd of R), or lightgcn (trained at start-up)
     svd: int = 64                    # width of c_u, k_svd
@@ -78,7 +79,7 @@ class Config:
     p: float = 0.2                   # soft probability
     gamma: float = 0.05              # smoothing intensity
     neighbours: int = 20             # items near each click in the neighbour form
-    objective: str = "mse"           # squared error, or ce: cross-entropy over items (optional; its scores are no x_0, so no chain)
+    objective: str = "mse"           # squared error, or ce: cross-entropy over items (its scores are no x_0, so no chain)
     click_weight: float = 10.0       # weight of a click's squared error beside a zero's
     inference: str = "forward_free"  # forward_free, one_step (version 1) or chain
     corrupt: int = 0                 # steps of noise before a chain (or one_step: 1 at least)
@@ -87,19 +88,9 @@ class Config:
     hops: int = 2                    # of lightgcn
     reg: float = 1e-2                # of lightgcn: weight of the embeddings' squared norm
 
-    def narrow(self, width):
-        """This configuration with another latent width."""
-        return dataclasses.replace(self, width=width)
-
     def __post_init__(self):
-        for name, words in WORDS.items():
-            if getattr(self, name) not in words:
-                raise ValueError(f"--{name}={getattr(self, name)} is unknown; choose {', '.join(words)}")
-        for name, (least, most) in {"T": (1, 10_000), "p": (0, 1), "gamma": (0, 0.499), "rho": (0, 1), "fake": (0, 10), "dropout": (0, 0.99),
-                                    "dropout_in": (0, 0.99), "corrupt": (0, self.T), "width": (1, 10**5), "time_width": (2, 10**4),
-                                    "layers": (1, 100), "svd": (1, 10**4)}.items():
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"--{name}={getattr(self, name)} is out of range: choose {least} to {most}")
+        check_words(self, **WORDS)
+        check_ranges(self, **RANGES, corrupt=(0, self.T))
         if self.acts_on == "state" and self.noise == "latent":
             raise ValueError("--acts_on=state needs x_t written out: pass --noise=dense as well")
         if self.objective == "ce" and self.inference == "chain":
@@ -113,24 +104,27 @@ def paper(name):
     if name != "tiktok":
         raise ValueError(f"--paper={name} is unknown; there is tiktok")
     return {"data": "tiktok", "modalities": ("image", "audio"), "batch": 1024, "steps": 400, "eval_every": 50, "patience": 3,
-            "soft_target": "neighbour", "p": 1.0, "gamma": 0.45, "neighbours": 30, "dropout": 0.3, "dropout_in": 0.3, "click_weight": 1.0}
+            "soft_target": "neighbour", "p": 1.0, "gamma": 0.45, "neighbours": 30,
+            "dropout": 0.3, "dropout_in": 0.3, "click_weight": 1.0}
 
 
 DIFFREC = {"model": "diffrec", "rho": 0.0, "inference": "chain", "soft_target": "off", "objective": "mse"}
-OFFICIAL = DIFFREC | {"noise": "dense", "acts_on": "state", "normalise": True, "dropout_in": 0.5, "click_weight": 1.0, "weighting": "snr",
-                      "T": 5, "scale": 1e-4, "low": 5e-4, "high": 5e-3, "first_beta": 1e-5}      # its published example
+OFFICIAL = DIFFREC | {"noise": "dense", "acts_on": "state", "normalise": True, "dropout_in": 0.5, "click_weight": 1.0,
+                      "weighting": "snr", "T": 5, "scale": 1e-4, "low": 5e-4, "high": 5e-3, "first_beta": 1e-5}  # its example
 
 
 class Task:
-    """One recommender on one data set; see STYLE of the contract in train.py."""
+    """One recommender on one data set; see the contract in train.py."""
 
     headline, better = "Recall@20", "higher"
     table = ("Recall@20", "NDCG@20", "Recall@10", "NDCG@10", "ms per 1,000 users")
     ablations = {
         "full": {}, "w/o collaborative signal": {"guide_collab": False}, "w/o modality preference": {"guide_modality": False},
-        "w/o soft target": {"soft_target": "off"}, "soft target from neighbours": {"soft_target": "neighbour", "p": 0.5, "gamma": 0.2},
+        "w/o soft target": {"soft_target": "off"},
+        "soft target from neighbours": {"soft_target": "neighbour", "p": 0.5, "gamma": 0.2},
         "w/o corruption (rho=1)": {"rho": 1.0}, "one step (version 1)": {"inference": "one_step"},
-        "chain T=5": {"inference": "chain", "T": 5, "objective": "mse"}, "chain T=20": {"inference": "chain", "T": 20, "objective": "mse"},
+        "chain T=5": {"inference": "chain", "T": 5, "objective": "mse"},
+        "chain T=20": {"inference": "chain", "T": 20, "objective": "mse"},
         "BeFA adapter": {"befa": True}, "DiffRec": DIFFREC, "DiffRec, its own settings": OFFICIAL,
         "autoencoder": {"model": "autoencoder", "rho": 1.0, "soft_target": "off"}, "LightGCN": {"model": "lightgcn", "lr": 5e-3},
         "popularity": {"model": "popularity"},
@@ -139,8 +133,7 @@ class Task:
 
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, device
-        wanted = [] if cfg.modalities == ("none",) else list(cfg.modalities) or None
-        self.data = data = inject(load(cfg.data, cfg.root, cfg.data_seed, wanted, cfg.repair), cfg.fake)
+        self.data = data = inject(load(cfg.data, cfg.root, cfg.data_seed, cfg.modalities, cfg.repair), cfg.fake)
         self.train = data.train.to(device)                   # (E, 2) the only clicks anything is computed from
         self.seen = Graph.from_edges(self.train[:, 0], self.train[:, 1], (data.users, data.items))
         self.active = data.train[:, 0].unique()              # users with a history
@@ -148,11 +141,8 @@ class Task:
         self.model = MODELS[cfg.model](cfg, data.users, data.items, self.train, features).to(device)
         self.saved = {"model": self.model}
         if cfg.model != "popularity":
-            self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, fused=True,
-                                               weight_decay=cfg.weight_decay)
-            self.saved["optimiser"] = self.optimiser
-        clicked = torch.bincount(data.train[:, 0], minlength=data.users)
-        self.chance = ranking_chance(users=data.test[:, 0], items=data.items, seen=clicked)
+            self.saved["optimiser"] = self.optimiser = torch.optim.Adam(self.model.parameters(), lr=cfg.lr, fused=True)
+        self.chance = data.chance()
         self.next = f"python -m diffusion_rec.recommend --user {int(data.test[len(data.test) // 2, 0])} --top 10"
 
     def batches(self, seed, start, stop):
@@ -161,7 +151,7 @@ class Task:
             yield self.active[batch_rows(len(self.active), self.cfg.batch, seed, t)].to(self.device)
 
     def update(self, users, step):
-        """One step of AdamW. Sums over the catalogue stay in float32 under --amp: they cancel."""
+        """One step of Adam. Sums over the catalogue stay in float32 under --amp: they cancel."""
         if self.cfg.model == "popularity":
             return {"loss": torch.zeros(())}
         self.model.train()
@@ -202,15 +192,18 @@ class Task:
     @torch.no_grad()
     def sample(self, folder):
         """steps.png, times.png, behaviour.png (with pictures), rankings.txt."""
-        (folder / "rankings.txt").write_text("\n".join([*self.planted(), *self.lists(5)]) + "\n")
+        some = self.data.test[:, 0].unique()[:5]
+        lists = self.data.lists(some, *top_k(*self.encoded(), some.to(self.device), 10, self.seen))
+        (folder / "rankings.txt").write_text("\n".join([*self.planted(), *lists]) + "\n")
         if not isinstance(self.model, LD4MRec):
             return
         if self.cfg.objective == "mse":
             self.draw_steps(folder / "steps.png")
         p, loss = self.model.times.probabilities(), self.model.times.loss_history.mean(1)
         times = list(range(1, self.cfg.T + 1))
-        curves(folder / "times.png", [("mean of the last 10 losses at t", {"loss": (times, loss.tolist())}, {}),
-                                      ("probability of drawing t", {"p": (times, p.tolist())}, {"uniform": 1 / self.cfg.T})], xlabel="t")
+        curves(folder / "times.png", [
+            ("mean of the last 10 losses at t", {"loss": (times, loss.tolist())}, {}),
+            ("probability of drawing t", {"p": (times, p.tolist())}, {"uniform": 1 / self.cfg.T})], xlabel="t")
         if self.data.pictures:
             self.draw_behaviour(folder / "behaviour.png")
 
@@ -225,22 +218,20 @@ class Task:
 
     def draw_behaviour(self, path, most=8):
         """One user's row before (what was clicked) and after (x_hat): the clicks and the best unseen items, with pictures."""
-        users, items = self.encoded()
-        user = int(self.data.test[len(self.data.test) // 2, 0])
-        scores = (items @ users[user]).cpu()
-        mine = self.data.train[:, 0] == user
-        clicked, slip = self.data.train[mine, 1], self.data.noise[mine] if self.data.noise is not None else torch.zeros(int(mine.sum()))
-        order = scores[clicked].argsort(descending=True)
-        clicked, slip = clicked[order], slip[order].tolist()
+        data, (users, items) = self.data, self.encoded()
+        user = int(data.test[len(data.test) // 2, 0])
+        scores, mine = (items @ users[user]).cpu(), data.train[:, 0] == user
+        accidents = set(data.train[mine & data.noise, 1].tolist())
+        wanted = set(data.test[data.test[:, 0] == user, 1].tolist())
+        clicked = data.train[mine, 1]
+        clicked = clicked[scores[clicked].argsort(descending=True)]
         best = top_k(users, items, torch.tensor([user], device=self.device), most, self.seen)[0][0].cpu()
-        wanted = set(self.data.test[self.data.test[:, 0] == user, 1].tolist())
-        def cell(item, before, mark):
-            return f"{self.data.titles[item]}: {before} -> {scores[item]:.2f}{mark}"
 
-        rows = [[(picture, cell(i, 1, " (accident)" if s else ""))
-                 for picture, i, s in zip(self.data.pictures(clicked), clicked.tolist(), slip, strict=True)],
-                [(picture, cell(i, 0, " (held out)" if i in wanted else ""))
-                 for picture, i in zip(self.data.pictures(best), best.tolist(), strict=True)]]
+        def cells(ids, before, marked, mark):
+            return [(picture, f"{data.titles[i]}: {before} -> {scores[i]:.2f}{mark * (i in marked)}")
+                    for picture, i in zip(data.pictures(ids), ids.tolist(), strict=True)]
+
+        rows = [cells(clicked, 1, accidents, " (accident)"), cells(best, 0, wanted, " (held out)")]
         rows = [row[n : n + most] for row in rows for n in range(0, len(row), most)]
         panels(path, rows, title=f"User {user}: behaviour before -> after one call. First the clicks, then the best unseen items")
 
@@ -252,49 +243,19 @@ class Task:
         user, item = self.data.train.T
         scores = (users[user] * items[item]).sum(1)
         lowest = roc_auc(-scores, self.data.noise)
-        return [f"denoising: an accidental click comes back lower than a meant one in {100 * lowest:.0f} % of pairs (50 % is chance)"]
-
-    def lists(self, count, k=10):
-        """The first test users' past items and top-k lists, hits marked."""
-        users, items = self.encoded()
-        some = self.data.test[:, 0].unique()[:count]
-        best, scores = top_k(users, items, some.to(self.device), k, self.seen)
-        name, lines = self.data.titles or [f"item {i}" for i in range(self.data.items)], []
-        for user, row, score in zip(some.tolist(), best.tolist(), scores.tolist(), strict=True):
-            wanted = set(self.data.test[self.data.test[:, 0] == user, 1].tolist())
-            past = self.data.train[self.data.train[:, 0] == user, 1].tolist()
-            lines += ["", f"user {user} clicked: " + "; ".join(name[i] for i in past[:12])]
-            lines += [f"  {place:2}  {s:7.3f}  {name[i]}{'   <- the held-out item' if i in wanted else ''}"
-                      for place, (i, s) in enumerate(zip(row, score, strict=True), 1) if i >= 0]
-        return lines
+        return [f"denoising: an accidental click comes back lower than a meant one in {100 * lowest:.0f} % of pairs "
+                "(50 % is chance)"]
 
     def rivals(self):
         """Test metrics of popularity and of DiffRec's chain on the same batches for as many steps, chosen on validation too."""
         if self.cfg.model != "ld4mrec" or parallel.world() > 1:
             return {}
-        return {name: train_quietly(dataclasses.replace(self.cfg, **self.ablations[name]), self.device)
-                for name in ("popularity", "DiffRec")}
-
-
-def train_quietly(cfg, device):
-    """Train without files or a bar; test metrics at the best validation step, patience as in train.py.   -> metrics"""
-    torch.manual_seed(seed_from(cfg.seed))
-    task, best, stale, state = Task(cfg, device), -1.0, 0, {}
-    for step, batch in enumerate(task.batches(cfg.seed, 0, cfg.steps), 1):
-        task.update(batch, step - 1)
-        if step % cfg.eval_every == 0 or step == cfg.steps:
-            score, stale = task.evaluate("valid")[Task.headline], stale + 1
-            if score > best:
-                best, stale = score, 0
-                state = {name: x.clone() for name, x in task.model.state_dict().items()}
-            if 0 < cfg.patience <= stale:
-                break
-    task.model.load_state_dict(state)
-    return task.evaluate("test")
+        rivals = {name: dataclasses.replace(self.cfg, **self.ablations[name]) for name in ("popularity", "DiffRec")}
+        return {name: train_quietly(lambda cfg: Task(cfg, self.device), cfg).evaluate("test") for name, cfg in rivals.items()}
 
 
 def inject(data, share):
-    """Add round(share E) fake training clicks: a click's user, a uniform item that is in none of the user's splits; marked as noise."""
+    """Add round(share E) fake training clicks, marked as noise: a click's user, a uniform item in none of the user's splits."""
     if not share:
         return data
     draw, (E, I) = generator(0, 17), (len(data.train), data.items)
@@ -302,9 +263,7 @@ def inject(data, share):
     user = data.train[torch.randint(E, (4 * int(share * E) + 64,), generator=draw), 0]
     keys = user * I + torch.randint(I, (len(user),), generator=draw)
     keys = keys[~torch.isin(keys, real[:, 0] * I + real[:, 1])]
-    first = torch.unique(keys, return_inverse=True)[1]
-    first = torch.full((int(first.max()) + 1,), len(keys)).scatter_reduce(0, first, torch.arange(len(keys)), "amin").sort()[0]
-    keys = keys[first[: round(share * E)]]                                   # distinct, in the order they were drawn
+    keys = torch.tensor([*dict.fromkeys(keys.tolist())][: round(share * E)], dtype=torch.int64)   # distinct, in the order drawn
     order = torch.cat([data.train[:, 0] * I + data.train[:, 1], keys]).argsort()
     pairs = torch.cat([data.train, torch.stack([keys // I, keys % I], 1)])[order]
     noise = data.noise if data.noise is not None else torch.zeros(E, dtype=torch.bool)

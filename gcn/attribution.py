@@ -26,6 +26,7 @@ from kernels.attribution import cosine_map, grad_cam, show
 from kernels.graph import mix_hops
 
 ENCODERS = ("stored", "histogram", "random")
+COLUMNS = "picture | host without BeFA | with BeFA | nearest items by the encoder | by the adapted feature"    # of a panel
 FLAT = 1e-4                                                  # a map that spans less is rounding, not attention
 SEEN = ("shape", "colour", "texture")                        # what customers of the built-in shop mind in pictures
 
@@ -58,12 +59,11 @@ def look(pictures, encoder="stored"):
 
 
 @torch.no_grad()
-def read(titles):
-    """What the small CLIP makes of words.   B titles -> words (n, T, w) of length 1, lists of T strings, marks (n, T) bool"""
-    model, tokens = clip.small(), clip.small_tokeniser()(titles)
-    tokens = tokens[:, : int((tokens > 0).sum(1).max())]
-    names = [["(start)", *words_of(title), "(end)"] for title in titles]
-    return F.normalize(model.encode_text(tokens)[1], dim=2), names, tokens > 0
+def read(title):
+    """What the small CLIP makes of the words of a title.   -> (1, T, w), rows of length 1; T strings"""
+    tokens = clip.small_tokeniser()([title])
+    tokens = tokens[:, : int((tokens > 0).sum())]
+    return F.normalize(clip.small().encode_text(tokens)[1], dim=2), ["(start)", *words_of(title), "(end)"]
 
 
 def check_catalogue(data, whole, encoder):
@@ -197,8 +197,8 @@ class Explorer:
     @torch.no_grad()
     def row(self, item, before, after, count=3, **how):
         """One line of the panel: picture | before | after | nearest by the encoder | nearest in the adapted space."""
-        cells, name = [(self.pictures[item], f"#{item} {self.title(item)}")], ("without", "with BeFA")
-        for label, model in zip(name, (before, after), strict=True):
+        cells = [(self.pictures[item], self.data.name(item))]
+        for label, model in (("without", before), ("with BeFA", after)):
             heat, over = self.maps(model, [item], **how)
             whole = content_vector(model, "image", self.data.features["image"][[item]], model.item.weight[[item]])
             text = f"{label}: cos {float(F.cosine_similarity(whole, model.item.weight[[item]])):.2f}"
@@ -212,18 +212,11 @@ class Explorer:
             cells += [(self.pictures[i], f"{label}: #{i}, {c:.2f}") for i, c in zip(near, cosine.tolist(), strict=True)]
         return cells
 
-    def title(self, item):
-        return self.data.titles[item] if self.data.titles else ""
 
-    def words(self, item, model, **how):
-        """Agreement of each word of an item's title with its behaviour.   -> {word: cosine}"""
-        vectors, names, _ = read([self.title(item)])
-        heat = attribute(model, "text", vectors, torch.tensor([item]), **how)[0]
-        return {f"{n}. {word}": float(s) for n, (word, s) in enumerate(zip(names[0], heat, strict=False))}
-
-
-def draw_words(path, explorer, item, before, after, **how):
+def draw_words(path, data, item, before, after, **how):
     """Bars: how far each word of an item's title agrees with its behaviour, without and with the adapter."""
-    sides = [("without", explorer.words(item, before, **how)), ("with BeFA", explorer.words(item, after, **how))]
-    bars(path, {f"{word}, {label}": table[word] for word in sides[0][1] for label, table in sides},
-         f"agreement of words with behaviour: #{item} {explorer.title(item)}")
+    vectors, words = read(data.titles[item])
+    heats = [attribute(model, "text", vectors, torch.tensor([item]), **how)[0].tolist() for model in (before, after)]
+    bars(path, {f"{n}. {word}, {label}": s for n, (word, *pair) in enumerate(zip(words, *heats, strict=False))
+                for label, s in zip(("without", "with BeFA"), pair, strict=True)},
+         f"agreement of words with behaviour: {data.name(item)}")

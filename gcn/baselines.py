@@ -1,7 +1,7 @@
 """What MGCN argues against, under the same protocol: LightGCN, VBPR, item-kNN, popularity.
 
-The trained ones answer to the same three calls as MGCN: model() -> users (U, D), items (I, D), and loss(model, batch, local).
-The counted ones return users and items too, so that one ranking code serves all.
+All are built like MGCN and answer model() -> users (U, D), items (I, D), so that one ranking code serves them; the trained
+ones also have a loss(model, batch, local).
 """
 import torch
 from torch import nn
@@ -67,12 +67,15 @@ def item_knn(train, users, items, k=20):
     return clicks.T.contiguous(), torch.zeros_like(cosine).scatter_(1, near, value)     # row i: what i takes from others
 
 
-class Counted(nn.Module):
-    """A rival without parameters behind the same call: model() -> users, items."""
+COUNTED = {"popularity": popularity, "itemknn": item_knn}
 
-    def __init__(self, tables):
+
+class Counted(nn.Module):
+    """A rival without parameters, cfg.model of COUNTED."""
+
+    def __init__(self, cfg, users, items, train, features=None):
         super().__init__()
-        self.tables = tables
+        self.tables = COUNTED[cfg.model](train, users, items)
 
     def forward(self):
         return self.tables

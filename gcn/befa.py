@@ -14,13 +14,14 @@ What the adapter changes in the features is measured in attribution.py.
 """
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from data.safe import read_arrays
-from data.weights import check_names, read_state
-from gcn.mgcn import MGCN, user_item_graph
+from data.weights import load_checked, read_state
+from gcn.mgcn import LETTERS, MGCN, linear, official_tables, renamed, size, user_item_graph
 from kernels.graph import mix_hops
 
 ADAPTERS = ("befa", "compact", "linear", "none", "host")
@@ -148,50 +149,25 @@ class PlainHost(nn.Module):
 HOSTS = {"mgcn": GraphHost, "lattice": GraphHost, "vbpr": PlainHost, "lightgcn": PlainHost}
 
 
-def build(cfg, users, items, train, features):
-    """The host that cfg names, wearing the adapter that cfg names."""
-    return HOSTS[cfg.host](cfg, users, items, train, features)
-
-
-def check_switches(cfg):
-    """raises ValueError for an unknown word or an impossible size"""
-    for name, value, known in (("adapter", cfg.adapter, ADAPTERS), ("join", cfg.join, JOINS), ("host", cfg.host, tuple(HOSTS))):
-        if value not in known:
-            raise ValueError(f"--{name}={value} is unknown; choose {', '.join(known)}")
-    if cfg.depth < 1 or cfg.width < 1 or not 0 <= cfg.dropout < 1:
-        raise ValueError(f"--depth={cfg.depth} --width={cfg.width} --dropout={cfg.dropout}: an adapter has at least one layer, "
-                         "one D wide, and drops less than all")
-
 
 # ---- the authors' weights ------------------------------------------------------------------------------------------------
 
-LETTERS = {"image": "v", "text": "t"}                        # modality -> the letter in the authors' names
 LAYERS = (0, 4, 7)                                           # Linear layers of the released Sequential, and of `mask`
-UNUSED = {"query_common.0.weight": (64, 64), "query_common.0.bias": (64,), "query_common.2.weight": (1, 64)}
+UNUSED = {"query_common.0.weight", "query_common.0.bias", "query_common.2.weight"}     # stored and never called
 
 
 def from_official(state):
-    """State dict of the released LATTICE_BeFA -> state dict of GraphHost(host=lattice, adapter=befa).
+    """State dict of the released BeFA on LATTICE -> state dict of GraphHost(host=lattice, width=t), image and text.
 
-    width is the first layer's rows / 64. Its unused query_common is dropped; graphs are rebuilt from the data.
+    t is the first layer's rows / D. Graphs are rebuilt from the data.
     raises ValueError that lists missing, unknown and misshapen entries by name
     """
-    def size(name, axis):                                     # 0 where the entry is missing or has too few axes
-        return state[name].shape[axis] if name in state and state[name].dim() == 2 else 0
-
-    users, items, D = size("user_embedding.weight", 0), size("item_id_embedding.weight", 0), size("user_embedding.weight", 1)
-    names = {"user_embedding.weight": ("user.weight", (users, D)), "item_id_embedding.weight": ("item.weight", (items, D))}
+    names, D = official_tables(state)
     for m, letter in LETTERS.items():
-        width, hidden = size(f"{m}_embedding.weight", 1), size(f"BeFA_{letter}.0.weight", 0)
-        names[f"{m}_embedding.weight"] = f"features.{m}", (items, width)
-        names[f"{m}_trs.weight"], names[f"{m}_trs.bias"] = (f"project.{m}.weight", (D, width)), (f"project.{m}.bias", (D,))
-        for n, (rows, columns) in zip(LAYERS, ((hidden, D), (hidden, hidden), (D, hidden)), strict=True):
-            ours = f"adapters.{m}.mask.{n}"
-            names[f"BeFA_{letter}.{n}.weight"] = f"{ours}.weight", (rows, columns)
-            names[f"BeFA_{letter}.{n}.bias"] = f"{ours}.bias", (rows,)
-    expected = {theirs: shape for theirs, (_, shape) in names.items()}
-    check_names(expected | {k: v for k, v in UNUSED.items() if k in state}, state, "the released BeFA state dict")
-    return {ours: state[theirs] for theirs, (ours, _) in names.items()}
+        hidden = size(state, f"BeFA_{letter}.0.weight")[0]
+        for n, shape in zip(LAYERS, ((hidden, D), (hidden, hidden), (D, hidden)), strict=True):
+            names |= linear(f"BeFA_{letter}.{n}", f"adapters.{m}.mask.{n}", *shape)
+    return renamed(names, {name: x for name, x in state.items() if name not in UNUSED}, "the released BeFA state dict")
 
 
 class Exported(nn.Module):
@@ -213,37 +189,14 @@ class Exported(nn.Module):
             return found[0]
 
         table = torch.from_numpy(read_arrays(one("item_id_embedding_*.npy"))).float()
-        self.item = nn.Embedding.from_pretrained(table)
-        self.project, gates, self.modalities = nn.ModuleDict(), {}, tuple(LETTERS)
+        D, self.item, self.modalities = table.shape[1], nn.Embedding.from_pretrained(table), tuple(LETTERS)
+        self.project, self.adapters = nn.ModuleDict(), nn.ModuleDict()
         for m, letter in LETTERS.items():
-            file = one(f"{m}_trs_*.pt")
-            state = read_state(file)[0]
-            check_names({"weight": (table.shape[1], state["weight"].shape[-1] if "weight" in state else 0),
-                         "bias": (table.shape[1],)}, state, file)
-            self.project[m] = nn.Linear(state["weight"].shape[1], table.shape[1])
-            self.project[m].load_state_dict(state)
-            gates[m] = one(f"gate_{letter}_*.pt")
-        states = {m: read_state(file)[0] for m, file in gates.items()}
-        deep = "7.weight" in states["image"]
-        hidden = len(states["image"]["0.weight"]) if deep and "0.weight" in states["image"] else table.shape[1]
-        self.cfg = ExportedConfig(table.shape[1], "befa" if deep else "linear", hidden // table.shape[1])
-        self.adapters = nn.ModuleDict({m: Adapter(self.cfg) for m in gates})
-        for m, state in states.items():
-            check_names({n: tuple(x.shape) for n, x in self.adapters[m].mask.state_dict().items()}, state, gates[m])
-            self.adapters[m].mask.load_state_dict(state)
+            projection, gate = one(f"{m}_trs_*.pt"), one(f"gate_{letter}_*.pt")
+            state, mask = read_state(projection)[0], read_state(gate)[0]
+            self.project[m] = load_checked(nn.Linear(size(state, "weight")[1], D), state, projection)
+            self.cfg = SimpleNamespace(dim=D, adapter="befa" if "7.weight" in mask else "linear", depth=3, dropout=0.0, tanh=True,
+                                       width=size(mask, "0.weight")[0] // D, join="product", adapter_weight=1.0, host="lattice")
+            self.adapters[m] = Adapter(self.cfg)
+            load_checked(self.adapters[m].mask, mask, gate)
         self.requires_grad_(False).eval()
-
-
-@dataclasses.dataclass
-class ExportedConfig:
-    """What an Adapter and `content_vector` ask of a configuration."""
-
-    dim: int
-    adapter: str
-    width: int
-    depth: int = 3
-    dropout: float = 0.0
-    tanh: bool = True
-    join: str = "product"
-    adapter_weight: float = 1.0
-    host: str = "lattice"

@@ -16,8 +16,6 @@ from torch.nn import functional as F
 from data.weights import check_names
 from kernels.graph import Graph, knn, mix_hops, propagate
 
-FUSERS = ("baf", "mean", "concat", "shared_only")
-
 
 def user_item_graph(train, users, items):
     """A_hat = D^-1/2 A D^-1/2 of the training clicks, no self loops, Eq. 3.   train (E, 2) -> Graph (U + I, U + I)"""
@@ -48,14 +46,13 @@ class MGCN(nn.Module):
 
     forward() -> users (U, D), items (I, D).   score(u, i) = users[u] . items[i], Eq. 17
 
-    cfg       dim, ui_layers, item_layers, k, purify, item_view, fuser, fusion, train_features (see task.Config)
+    cfg       see task.Config
     train     (E, 2) training clicks, the only edges of any graph
     features  {modality: (I, d_m) float32}, any number of modalities, none included
     """
 
     def __init__(self, cfg, users, items, train, features):
         super().__init__()
-        check_switches(cfg)
         self.cfg, self.users, self.items, self.modalities = cfg, users, items, tuple(features)
         self.user = nn.Embedding(users, cfg.dim)              # E_u, Sec. 3.1
         self.item = nn.Embedding(items, cfg.dim)              # E_i
@@ -154,13 +151,6 @@ def fusion_scales(fusion, modalities):
     return (1.0, 1 / modalities) if fusion == "paper" else (1 / (modalities + 1), 1 / (modalities + 1))
 
 
-def check_switches(cfg):
-    """Words among the options must be known ones.   raises ValueError"""
-    for name, value, known in (("fuser", cfg.fuser, FUSERS), ("fusion", cfg.fusion, ("code", "paper"))):
-        if value not in known:
-            raise ValueError(f"--{name}={value} is unknown; choose {', '.join(known)}")
-
-
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +201,8 @@ def loss(model, batch, local=slice(None)):
 
 # ---- the authors' weights ----------------------------------------------------------------------------------------------
 
+LETTERS = {"image": "v", "text": "t"}                        # modality -> the letter in the authors' names
+
 
 def from_official(state):
     """State dict of the official MGCN -> state dict of this one, with the modalities image and text.
@@ -218,22 +210,35 @@ def from_official(state):
     MGCN(...).load_state_dict(from_official(state)). Graphs are not in it: they are rebuilt from the data.
     raises ValueError that lists missing, unknown and misshapen entries by name
     """
-    names = {"user_embedding.weight": "user.weight", "item_id_embedding.weight": "item.weight"}
-    for m, letter in (("image", "v"), ("text", "t")):
-        names[f"{m}_embedding.weight"] = f"features.{m}"
-        for part in ("weight", "bias"):
-            names |= {f"{m}_trs.{part}": f"project.{m}.{part}", f"gate_{letter}.0.{part}": f"gate.{m}.{part}",
-                      f"gate_{m}_prefer.0.{part}": f"preference.{m}.{part}"}
-    names |= {f"query_common.{part}": f"query.{part}" for part in ("0.weight", "0.bias", "2.weight")}
+    names, D = official_tables(state)
+    names |= linear("query_common.0", "query.0", D, D) | {"query_common.2.weight": ("query.2.weight", (1, D))}
+    for m, letter in LETTERS.items():
+        names |= linear(f"gate_{letter}.0", f"gate.{m}", D, D) | linear(f"gate_{m}_prefer.0", f"preference.{m}", D, D)
+    return renamed(names, state, "the official MGCN state dict")
 
-    def size(name, axis):                                     # 0 where the entry is missing or has too few axes
-        return state[name].shape[axis] if name in state and state[name].dim() == 2 else 0
 
-    users, items, dim = size("user_embedding.weight", 0), size("item_id_embedding.weight", 0), size("user_embedding.weight", 1)
-    expected = {name: (dim,) if name.endswith("bias") else (dim, dim) for name in names}
-    expected |= {"user_embedding.weight": (users, dim), "item_id_embedding.weight": (items, dim), "query_common.2.weight": (1, dim)}
-    for m in ("image", "text"):
-        width = size(f"{m}_embedding.weight", 1)
-        expected |= {f"{m}_embedding.weight": (items, width), f"{m}_trs.weight": (dim, width)}
-    check_names(expected, state, "the official MGCN state dict")
-    return {ours: state[theirs] for theirs, ours in names.items()}
+def official_tables(state):
+    """What the authors' MGCN and BeFA share: ID tables, features, projections.   -> {their name: (our name, shape)}, D"""
+    users, D = size(state, "user_embedding.weight")
+    items = size(state, "item_id_embedding.weight")[0]
+    names = {"user_embedding.weight": ("user.weight", (users, D)), "item_id_embedding.weight": ("item.weight", (items, D))}
+    for m in LETTERS:
+        width = size(state, f"{m}_embedding.weight")[1]
+        names |= {f"{m}_embedding.weight": (f"features.{m}", (items, width))} | linear(f"{m}_trs", f"project.{m}", D, width)
+    return names, D
+
+
+def linear(theirs, ours, rows, columns):
+    """Names and shapes of a linear layer."""
+    return {f"{theirs}.weight": (f"{ours}.weight", (rows, columns)), f"{theirs}.bias": (f"{ours}.bias", (rows,))}
+
+
+def size(state, name):
+    """Rows and columns of a matrix; zeros where it is missing, so that the check names it."""
+    return tuple(state[name].shape) if name in state and state[name].dim() == 2 else (0, 0)
+
+
+def renamed(names, state, where):
+    """{their name: (our name, shape)} and their state dict -> ours.   raises ValueError listing what does not fit"""
+    check_names({theirs: shape for theirs, (_, shape) in names.items()}, state, where)
+    return {ours: state[theirs] for theirs, (ours, _) in names.items()}

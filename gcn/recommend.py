@@ -9,15 +9,14 @@ Every explanation is exact arithmetic on the score F_u . F_i, no approximation: 
     C_u, E_u                      are sums over the user's past items, so each past item carries a part of the score
     E_i = sum_n S_in Z_n          is a sum over look-alikes, so each neighbour carries a part too
 """
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data.options import from_plain, parse, show_help
+from data.options import from_plain, options_of, run
 from data.pictures import bars, panels
-from data.weights import load_checkpoint
+from data.weights import load_parts, open_run
 from gcn import attribution, befa_task
 from gcn import task as mgcn_task
 from gcn.mgcn import MGCN, fusion_scales
@@ -42,32 +41,12 @@ class Options:
 
 def restore(ckpt, root="", data=None):
     """The task a checkpoint describes, with its weights.   raises ValueError or FileNotFoundError, one sentence"""
-    checkpoint = load_checkpoint(ckpt)
-    config = checkpoint.get("config", {})
-    if "model" not in config or "fuser" not in config:
-        raise ValueError(f"{ckpt} holds '{checkpoint.get('name')}', not a model of gcn; point --ckpt at a run of mvgcn or befa")
+    config, state = open_run(ckpt, "mvgcn", "befa", "lightgcn", "vbpr", "popularity")
     module = befa_task if config["model"] == "befa" else mgcn_task
-    restored = module.Task(from_plain(module.Config, config | ({"root": root} if root else {})), torch.device("cpu"), data)
-    for key, part in restored.saved.items():
-        if not isinstance(part, torch.optim.Optimizer):
-            try:
-                part.load_state_dict(checkpoint["state"][key])
-            except (RuntimeError, KeyError, ValueError) as error:
-                reason = " ".join(str(error).split())[:300]
-                raise ValueError(f"{ckpt} does not fit the data in --root={restored.cfg.root or 'builtin'}: {reason}") from None
-    restored.model.eval()
-    return restored
-
-
-def check_user(task, user):
-    """raises ValueError for an unknown user or one without a training click"""
-    history = task.train[task.train[:, 0] == user, 1]
-    if not 0 <= user < task.data.users:
-        raise ValueError(f"there is no user {user}: ids run from 0 to {task.data.users - 1}; pass one with --user")
-    if not len(history):
-        known = int(task.train[len(task.train) // 2, 0])
-        raise ValueError(f"user {user} has no training click, so nothing is known to recommend from; try --user {known}")
-    return history
+    task = module.Task(from_plain(module.Config, config | ({"root": root} if root else {})), torch.device("cpu"), data)
+    load_parts(task.saved, state, f"{ckpt} does not fit the data in --root={task.cfg.root or 'builtin'}")
+    task.model.eval()
+    return task
 
 
 def mixing(model, node, behaviour, content):
@@ -97,30 +76,32 @@ def explain(model, user, item, history):
     past         {item: what it carried}; with `own`, the user's own vector, they add up to the score
     neighbours   {m: {item: what the look-alike put into the score through S_m}}
     """
-    node, N = model.users + item, model.users + model.items
+    cfg, node, past = model.cfg, model.users + item, model.users + history
     behaviour, content = model.user_item_view(), model.content()
     fused = model.fuse(behaviour, content) if content else torch.zeros_like(behaviour)
     (c_u, c_i), (m_u, m_i) = behaviour[[user, node]], fused[[user, node]]
     f_u, f_i = c_u + m_u, c_i + m_i
     parts = {"C.C": c_u @ c_i, "C.M": c_u @ m_i, "M.C": m_u @ c_i, "M.M": m_u @ m_i}
-    at_user, at_item = ([], []) if not content else (mixing(model, n, behaviour, content) for n in (user, node))
-    modalities, neighbours, L = {}, {}, model.cfg.ui_layers
+
     degree = torch.bincount(model.train_edges[:, 1], minlength=model.items)[history]
     weight = (degree * len(history)).float().rsqrt()                            # (H,) a_uj of the user's items
-    hops = mix_hops(model.ui, torch.cat([model.user.weight, model.item.weight]), [1 / (L + 1)] * L) if L else fused.new_zeros(N, 1)
-    carried = weight * (hops[model.users + history] @ f_i) if L else torch.zeros(len(history))
-    for k, m in enumerate(model.modalities):
-        x = content[k]
-        modalities[m] = (c_u + m_u / 2) @ at_item[k] @ x[node] + (c_i + m_i / 2) @ at_user[k] @ x[user]
-        carried = carried + weight * (x[model.users + history] @ at_user[k].T @ f_i)
-        if model.cfg.item_view and model.cfg.item_layers:
+    carried = torch.zeros(len(history))
+    if cfg.ui_layers:                                                           # C_u: E_u and what is a hop behind the past items
+        nodes = torch.cat([model.user.weight, model.item.weight])
+        carried = weight * (mix_hops(model.ui, nodes, [1 / (cfg.ui_layers + 1)] * cfg.ui_layers)[past] @ f_i)
+
+    modalities, neighbours = {}, {}
+    at_user, at_item = (mixing(model, n, behaviour, content) for n in (user, node)) if content else ((), ())
+    for m, x, T_u, T_i in zip(model.modalities, content, at_user, at_item, strict=True):
+        modalities[m] = float((c_u + m_u / 2) @ T_i @ x[node] + (c_i + m_i / 2) @ T_u @ x[user])
+        carried = carried + weight * (x[past] @ T_u.T @ f_i)
+        if cfg.item_view and cfg.item_layers:
             near, s = (t[item] for t in model.look_alikes[m])                   # (k,), (k,)
-            before = model.item_item_view(m, model.purify(m), hops=model.cfg.item_layers - 1)[near]
-            neighbours[m] = dict(zip(near.tolist(), (s * (before @ at_item[k].T @ f_u)).tolist(), strict=True))
-    score = f_u @ f_i
-    return {"score": float(score), "parts": {name: float(x) for name, x in parts.items()},
-            "modalities": {m: float(x) for m, x in modalities.items()}, "own": float(score - carried.sum()),
-            "past": dict(zip(history.tolist(), carried.tolist(), strict=True)), "neighbours": neighbours}
+            before = model.item_item_view(m, model.purify(m), hops=cfg.item_layers - 1)[near]
+            neighbours[m] = dict(zip(near.tolist(), (s * (before @ T_i.T @ f_u)).tolist(), strict=True))
+    return {"score": float(f_u @ f_i), "parts": {name: float(x) for name, x in parts.items()}, "modalities": modalities,
+            "own": float(f_u @ f_i - carried.sum()), "past": dict(zip(history.tolist(), carried.tolist(), strict=True)),
+            "neighbours": neighbours}
 
 
 def strongest(table, name, count=3):
@@ -163,59 +144,45 @@ def explore(options):
     without, how = restore(host, options.root, with_.data), {"behaviour": options.behaviour, "variant": options.variant}
     paths = [Path(options.out or Path(ckpt).with_name(f"item-{options.item}.png"))]
     row = explorer.row(options.item, without.model, with_.model, **how)
-    panels(paths[0], [row], 112, "picture | host without BeFA | with BeFA | nearest items by the encoder | by the adapted feature")
-    print("\n".join(caption for _, caption in row[:3]))
-    for place, (_, caption) in enumerate(row[3:]):
-        print(f"  {caption}  {explorer.title(int(caption.split('#')[1].split(',')[0]))}" if place < 6 else "")
+    panels(paths[0], [row], 112, attribution.COLUMNS)
+    print("\n".join(caption for _, caption in row))
     if "text" in with_.model.modalities and with_.data.titles:
         paths.append(paths[0].with_name(f"{paths[0].stem}-words.png"))
-        attribution.draw_words(paths[1], explorer, options.item, without.model, with_.model, **how)
+        attribution.draw_words(paths[1], with_.data, options.item, without.model, with_.model, **how)
+    return paths
+
+
+@torch.no_grad()
+def rank(options):
+    """The list of one user, and why.   -> paths written"""
+    ckpt, user = options.ckpt or "runs/mvgcn-default/best.pt", options.user
+    task = restore(ckpt, options.root)
+    history, name, paths = task.data.history(user), task.data.name, []
+    if options.top < 1:
+        raise ValueError(f"--top={options.top}: ask for at least one item")
+    if options.why and not isinstance(task.model, MGCN):
+        raise ValueError(f"--why explains mgcn and lightgcn; {getattr(task.cfg, 'host', task.cfg.model)} has no views to take "
+                         "apart, leave --why out")
+    best, scores = top_k(*task.model(), torch.tensor([user]), min(options.top, task.data.items), task.seen)
+    print(f"user {user} clicked {len(history)} items: " + "; ".join(map(name, history[:8].tolist())))
+    for place, (item, score) in enumerate(zip(best[best >= 0].tolist(), scores[best >= 0].tolist(), strict=True), 1):
+        print(f"{place:3}  {score:8.3f}  {name(item)}")
+        if options.why:
+            why = explain(task.model, user, item, history)
+            print("\n".join(tell(why, name)))
+            if place == 1:
+                paths = [Path(options.out or Path(ckpt).with_name(f"user-{user}.png"))]
+                draw(paths[0], why, f"user {user}: why {name(item)} comes first ({why['score']:.3f})", name)
     return paths
 
 
 def main(argv):
-    if "--help" in argv or "-h" in argv:
-        return show_help("python -m gcn.recommend", Options)
-    typed = parse(argv, Options, command="python -m gcn.recommend")
-    options = Options(**typed)
-    if "item" in typed:
-        if "user" in typed or not options.why:
-            raise ValueError("--item ID --why explores one item, --user ID ranks for one user: pass one of the two")
-        for path in explore(options):
-            print(f"-> {path}")
-        return
-    ckpt = options.ckpt or "runs/mvgcn-default/best.pt"
-    task = restore(ckpt, options.root)
-    history = check_user(task, options.user)
-    if options.top < 1:
-        raise ValueError(f"--top={options.top}: ask for at least one item")
-    titles = task.data.titles
-    def name(i):
-        return f"{titles[i]} (#{i})" if titles else f"item {i}"
-
-    with torch.no_grad():
-        users, items = task.model()
-        best, scores = top_k(users, items, torch.tensor([options.user]), min(options.top, task.data.items), task.seen)
-    print(f"user {options.user} clicked {len(history)} items: " + "; ".join(name(i) for i in history[:8].tolist()))
-    if options.why and not isinstance(task.model, MGCN):
-        raise ValueError(f"--why explains mgcn and lightgcn; {getattr(task.cfg, 'host', task.cfg.model)} has no views to take "
-                         "apart, leave --why out")
-    for place, (item, score) in enumerate(zip(best[0].tolist(), scores[0].tolist(), strict=True), 1):
-        if item < 0:
-            break
-        print(f"{place:3}  {score:8.3f}  {name(item)}")
-        if options.why:
-            why = explain(task.model, options.user, item, history)
-            print("\n".join(tell(why, name)))
-            if place == 1:
-                path = Path(options.out or Path(ckpt).with_name(f"user-{options.user}.png"))
-                draw(path, why, f"user {options.user}: why {name(item)} comes first ({why['score']:.3f})", name)
-    if options.why:
+    options = options_of(argv, Options, "python -m gcn.recommend")
+    if options.item >= 0 and (options.user >= 0 or not options.why):
+        raise ValueError("--item ID --why explores one item, --user ID ranks for one user: pass one of the two")
+    for path in explore(options) if options.item >= 0 else rank(options):
         print(f"-> {path}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run(main)

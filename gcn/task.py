@@ -5,23 +5,23 @@
     python train.py mvgcn --ablate --seeds=3                                      # every switch and every rival
 """
 import dataclasses
-import time
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from data import parallel
-from data.batches import generator, seed_from
+from data.batches import generator, train_quietly
 from data.interactions import load
-from data.metrics import ranking, ranking_chance
+from data.metrics import ranking
+from data.options import check_words
 from data.pictures import curves, histogram
 from gcn import baselines, fast, mgcn
 from kernels.ranking import rank_of_targets, top_k
 
 MODELS = {"mgcn": mgcn.MGCN, "lightgcn": baselines.LightGCN, "vbpr": baselines.VBPR,
-          "popularity": baselines.popularity, "itemknn": baselines.item_knn}
-COUNTED = ("popularity", "itemknn")
+          **dict.fromkeys(baselines.COUNTED, baselines.Counted)}
+WORDS = {"fuser": ("baf", "mean", "concat", "shared_only"), "fusion": ("code", "paper"), "exact": ("fast", "full")}
 
 
 @dataclass
@@ -56,11 +56,8 @@ class Config:
     exact: str = "fast"              # fast: only the batch's rows; full: the naive page. Same loss, same gradients
 
     def __post_init__(self):
-        if self.model not in MODELS:
-            raise ValueError(f"--model={self.model} is unknown; choose {', '.join(MODELS)}")
-        if self.exact not in ("fast", "full"):
-            raise ValueError(f"--exact={self.exact} is unknown; choose fast or full")
-        if self.model in COUNTED:                            # nothing to train: one step of nothing, one evaluation
+        check_words(self, model=MODELS, **WORDS)
+        if self.model in baselines.COUNTED:                  # nothing to train: one step of nothing, one evaluation
             self.steps = self.eval_every = 1
 
 
@@ -94,12 +91,12 @@ class Catalogue:
         for m, mine in self.sketch.items():
             theirs = state[m]
             if theirs.shape == mine.shape and (wrong := ((theirs - mine).abs() > 1e-2 * mine.std()).nonzero()).numel():
-                raise ValueError(f"the {m} features are those of another catalogue: {len(wrong)} of {len(mine)} items differ from "
-                                 f"the ones it was trained on, item {int(wrong[0])} first")
+                raise ValueError(f"the {m} features are those of another catalogue: {len(wrong)} of {len(mine)} items "
+                                 f"differ from the ones it was trained on, item {int(wrong[0])} first")
 
 
 class Task:
-    """One recommender on one data set; see STYLE of the contract in train.py."""
+    """One recommender on one data set; see the contract in train.py."""
 
     headline, better = "Recall@20", "higher"
     table = ("Recall@20", "NDCG@20", "Recall@10", "NDCG@10")
@@ -118,88 +115,57 @@ class Task:
         self.data = data = data or self.read_data()          # given: rivals of a run share what it has read
         self.train = data.train.to(device)                   # (E, 2) the only clicks any graph, table or negative sees
         self.seen = mgcn.user_item_graph(self.train, data.users, data.items).R
-        features = {m: x.to(device) for m, x in data.features.items()}
-        if cfg.model in COUNTED:
-            self.model = baselines.Counted(MODELS[cfg.model](self.train, data.users, data.items))
-            self.saved = {"model": self.model}
-        else:
-            self.model = self.build(features).to(device)
-            self.optimiser = torch.optim.Adam(self.groups(), lr=cfg.lr, fused=True)     # dense Adam in one pass over memory
-            self.saved = {"model": self.model, "optimiser": self.optimiser, "catalogue": Catalogue(data.features)}
-        clicked = torch.bincount(data.train[:, 0], minlength=data.users)
-        self.chance = ranking_chance(users=data.test[:, 0], items=data.items, seen=clicked)
+        self.model = self.build({m: x.to(device) for m, x in data.features.items()}).to(device)
+        self.saved = {"model": self.model}
+        if cfg.model not in baselines.COUNTED:
+            learnt = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimiser = torch.optim.Adam(learnt, lr=cfg.lr, fused=True)            # dense Adam in one pass over memory
+            self.saved |= {"optimiser": self.optimiser, "catalogue": Catalogue(data.features)}
+        self.chance = data.chance()
         self.next = f"python -m gcn.recommend --user {int(data.test[len(data.test) // 2, 0])} --top 10 --why"
-        self.cost = {"steps": 0, "step_s": 0.0, "step_cpu_s": 0.0, "evaluations": 0, "eval_s": 0.0, "eval_cpu_s": 0.0}
 
     def read_data(self):
         cfg = self.cfg
-        wanted = [] if cfg.modalities == ("none",) else list(cfg.modalities) or None
-        return load(cfg.data, cfg.root, cfg.data_seed, wanted, cfg.repair)
+        return load(cfg.data, cfg.root, cfg.data_seed, cfg.modalities, cfg.repair)
 
     def build(self, features):
         return MODELS[self.cfg.model](self.cfg, self.data.users, self.data.items, self.train, features)
 
-    def groups(self):
-        """Parameters for Adam, and what multiplies their step size."""
-        return [{"params": [p for p in self.model.parameters() if p.requires_grad], "scale": 1.0}]
-
     def batches(self, seed, start, stop):
         """Users, positives, negatives of global batch t, each (B,); every rank draws the same."""
-        sampler = self.data.sampler(self.device) if self.cfg.model not in COUNTED else None
+        sampler = self.data.sampler(self.device) if self.cfg.model not in baselines.COUNTED else None
         for t in range(start, stop):
             yield sampler.batch(seed, t, self.cfg.batch) if sampler else ()
 
-    def loss(self, batch, local=slice(None)):
-        """Eq. 19 for MGCN, its BPR part for the rivals, by the fast page or the naive one."""
-        if self.cfg.model == "vbpr":
-            return baselines.loss(self.model, batch, local)
-        return (fast if self.cfg.exact == "fast" else mgcn).loss(self.model, batch, local)
-
     def update(self, batch, step):
         """One step of Adam. A rank's anchors are its shard; contrastive candidates come from the whole batch."""
-        cfg, began = self.cfg, (time.perf_counter(), time.process_time())
-        if cfg.model in COUNTED:
+        cfg = self.cfg
+        if cfg.model in baselines.COUNTED:
             return {"loss": torch.zeros(())}
         epoch = step * cfg.batch // len(self.data.train)
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["scale"] * cfg.lr * 0.96 ** (epoch / 50)
+        self.optimiser.param_groups[0]["lr"] = cfg.lr * 0.96 ** (epoch / 50)
         self.model.train()
         mine = parallel.shard(range(cfg.batch))
+        page = baselines if not isinstance(self.model, mgcn.MGCN) else fast if cfg.exact == "fast" else mgcn
         # Under --amp the tables stay float32: their rows are what is ranked, and gathering them is not the cost.
         with torch.autocast(self.device.type, enabled=False):
-            loss = self.loss(batch, slice(mine.start, mine.stop))
+            loss = page.loss(self.model, batch, slice(mine.start, mine.stop))
             parallel.descend(self.optimiser, loss)
-        self.count("step", began)
         return {"loss": loss.detach()}
-
-    def count(self, what, began):
-        """Add wall and CPU seconds since `began`; the run prints them at its end."""
-        self.cost["steps" if what == "step" else "evaluations"] += 1
-        self.cost[f"{what}_s"] += time.perf_counter() - began[0]
-        self.cost[f"{what}_cpu_s"] += time.process_time() - began[1]
 
     @torch.no_grad()
     def evaluate(self, split):
         """Full ranking over all items, training items left out, validation items not (the paper's protocol)."""
-        began = time.perf_counter(), time.process_time()
         self.model.eval()                                    # dropout of an adapter (gcn/befa.py)
-        scores = ranking(self.ranks(split).cpu(), getattr(self.data, split)[:, 0])
-        self.count("eval", began)
-        return scores
-
-    def ranks(self, split):
-        """Rank of every held-out item in its user's list, 0 = best.   -> (T,)"""
-        users, items = self.model()
         user, target = getattr(self.data, split).to(self.device).T
-        return rank_of_targets(users, items, user, target, self.seen)
+        ranks = rank_of_targets(*self.model(), user, target, self.seen)
+        return ranking(ranks.cpu(), user.cpu())
 
     # -- what a person looks at ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(self, folder):
         """recall.png (for whom and for what it works), views.png (attention, agreement of the views), rankings.txt."""
-        if self.cfg.model not in COUNTED:
-            print(self.speed())
         popular = baselines.popularity(self.train, self.data.users, self.data.items)
         tables = {self.cfg.model: self.model(), "popularity": popular}
         curves(folder / "recall.png", [
@@ -208,15 +174,9 @@ class Task:
             xlabel="groups of equal size, fewest training clicks first")
         if self.cfg.model == "mgcn" and self.model.modalities:
             self.draw_views(folder / "views.png")
-        (folder / "rankings.txt").write_text("\n".join([*self.planted(), *self.lists(5)]) + "\n")
-
-    def speed(self):
-        """Milliseconds a step, seconds an epoch and an evaluation, as measured in this process."""
-        c, epoch = self.cost, len(self.data.train) / self.cfg.batch
-        steps, evaluations = max(c["steps"], 1), max(c["evaluations"], 1)
-        return (f"speed: {1000 * c['step_s'] / steps:.1f} ms a step of {self.cfg.batch:,} clicks ({1000 * c['step_cpu_s'] / steps:.1f} "
-                f"CPU-ms), {epoch * c['step_s'] / steps:.2f} s an epoch of {epoch:.0f} steps, {c['eval_s'] / evaluations:.3f} s a "
-                f"full evaluation ({c['eval_cpu_s'] / evaluations:.3f} CPU-s)")
+        some = self.data.test[:, 0].unique()[:5]
+        lists = self.data.lists(some, *top_k(*tables[self.cfg.model], some.to(self.device), 10, self.seen))
+        (folder / "rankings.txt").write_text("\n".join([*self.planted(), *lists]) + "\n")
 
     def recall_by(self, column, users, items, groups=5):
         """Recall@20 of test targets in `groups` equal groups by training clicks of their user (0) or item (1).   -> xs, ys"""
@@ -256,43 +216,13 @@ class Task:
             lines.append(f"taste for pictures: the user's attention to images correlates {r:+.2f} with the planted weight")
         return lines
 
-    def lists(self, count, k=10):
-        """The first test users' past items and top-k lists, hits marked."""
-        users, items = self.model()
-        some = self.data.test[:, 0].unique()[:count]
-        best, scores = top_k(users, items, some.to(self.device), k, self.seen)
-        name = self.data.titles or [f"item {i}" for i in range(self.data.items)]
-        lines = []
-        for user, row, score in zip(some.tolist(), best.tolist(), scores.tolist(), strict=True):
-            wanted = set(self.data.test[self.data.test[:, 0] == user, 1].tolist())
-            past = self.data.train[self.data.train[:, 0] == user, 1].tolist()
-            lines += ["", f"user {user} clicked: " + "; ".join(name[i] for i in past[:12])]
-            lines += [f"  {place:2}  {s:7.3f}  {name[i]}{'   <- the held-out item' if i in wanted else ''}"
-                      for place, (i, s) in enumerate(zip(row, score, strict=True), 1)]
-        return lines
-
     def rivals(self):
         """Test metrics of popularity, and of LightGCN on the same batches for as many steps, chosen on validation too."""
-        if self.cfg.model in COUNTED or self.cfg.model == "lightgcn" or parallel.world() > 1:
+        if self.cfg.model in (*baselines.COUNTED, "lightgcn") or parallel.world() > 1:
             return {}
-        counted = Task(dataclasses.replace(self.cfg, model="popularity"), self.device, self.data)
-        behaviour = train_quietly(dataclasses.replace(self.cfg, model="lightgcn"), self.device, Task, self.data)
-        return {"popularity": counted.evaluate("test"), "LightGCN": behaviour.evaluate("test")}
 
+        def trained(model):
+            return train_quietly(lambda cfg: Task(cfg, self.device, self.data), dataclasses.replace(self.cfg, model=model))
 
-def train_quietly(cfg, device, make=Task, data=None):
-    """Train without files or a bar, exactly as train.py would.   -> the task at its best validation step"""
-    torch.manual_seed(seed_from(cfg.seed))
-    task, best, stale, state = make(cfg, device, data), -1.0, 0, {}
-    for step, batch in enumerate(task.batches(cfg.seed, 0, cfg.steps), 1):
-        torch.manual_seed(seed_from(cfg.seed, step - 1))
-        task.update(batch, step - 1)
-        if step % cfg.eval_every == 0 or step == cfg.steps:
-            score, stale = task.evaluate("valid")[Task.headline], stale + 1
-            if score > best:
-                best, stale = score, 0
-                state = {name: x.clone() for name, x in task.model.state_dict().items()}
-            if 0 < cfg.patience <= stale:
-                break
-    task.model.load_state_dict(state)
-    return task
+        return {"popularity": trained("popularity").evaluate("test"), "LightGCN": trained("lightgcn").evaluate("test")}
+

@@ -57,7 +57,7 @@ def test_mmrec_files_with_any_modalities(tmp_path):
     assert list(data.features) == ["audio", "image", "smell"]
     assert data.features["smell"].shape == (4, 4) and data.features["smell"].dtype == torch.float32
     assert list(load("toy", tmp_path, modalities=("smell", "audio")).features) == ["smell", "audio"]
-    assert load("toy", tmp_path, modalities=()).features == {}
+    assert load("toy", tmp_path, modalities=("none",)).features == {}
     with pytest.raises(ValueError, match="has no modality 'text'; it has audio, image, smell"):
         load("toy", tmp_path, modalities=("text",))
 

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 import kernels
 from data import interactions, parallel
-from data.batches import generator
+from data.batches import generator, train_quietly
 from data.weights import save_checkpoint
 from diffusion_rec import diffusion, fast, ld4mrec, recommend, rivals
 from diffusion_rec import task as task_module
-from diffusion_rec.task import DIFFREC, MODELS, Config, Task, inject, paper, train_quietly
-from kernels.graph import Graph
+from diffusion_rec.task import DIFFREC, MODELS, Config, Task, inject, paper
+from kernels.graph import Graph, propagate
 
 CPU = torch.device("cpu")
 SHOP = functools.cache(lambda: interactions.load("builtin"))   # painting 600 products takes seconds: once
@@ -23,7 +23,7 @@ SHOP = functools.cache(lambda: interactions.load("builtin"))   # painting 600 pr
 @pytest.fixture(autouse=True)
 def one_shop(monkeypatch):
     def load(name="builtin", *rest):
-        if name != "builtin" or rest[2:3] not in ((), (None,)):
+        if name != "builtin" or rest[2:3] not in ((), ((),)):
             return interactions.load(name, *rest)
         return dataclasses.replace(SHOP())
 
@@ -185,7 +185,7 @@ def test_gathered_input_equals_the_dense_product():
     train, _ = toy()
     rows = fast.unit_rows(Graph.from_edges(train[:, 0], train[:, 1], (20, 15)).rows(USERS))
     table = leaf(15, 6, rng=generator(2))
-    quick, naive = fast.latent_input(rows, table), fast.latent_input_naive(rows, table.float()).double()
+    quick, naive = propagate(rows, table), (rows.dense() @ table.float()).double()
     assert torch.allclose(quick, naive, atol=1e-6)
     lengths = rows.dense().norm(dim=1)
     assert torch.allclose(lengths, (torch.tensor([0, 1, 2, 3, 4, 5, 6, 7]) != 2).float())          # user 5 has no click
@@ -339,7 +339,7 @@ def test_switches_remove_what_they_name():
 SWITCHES = [{"order": "BGBD"}, {"order": "single"}, {"cond": "film"}, {"cond": "concat"}, {"modality_weights": "uniform"}, {"collab": "raw"},
             {"collab": "lightgcn"}, {"befa": True}, {"soft_target": "positive_only"}, {"soft_target": "neighbour"}, {"soft_target": "off"},
             {"t_sampling": "uniform"}, {"weighting": "snr"}, {"noise": "dense", "acts_on": "state"}, {"loss": "dense"}, {"rho": 0.0}, {"rho": 1.0},
-            {"guides_see": "whole"}, {"normalise": False}, {"zero_start": False}, {"T": 1}, {"first_beta": 1e-5}, {"guide_collab": False},
+            {"guides_see": "whole"}, {"normalise": False}, {"T": 1}, {"first_beta": 1e-5}, {"guide_collab": False},
             {"guide_modality": False}, {"guide_collab": False, "guide_modality": False}, {"layers": 3}, {"scale": 0.0}, {"width": 40, "svd": 32},
             {"click_weight": 4.0}, {"objective": "ce"}, {"model": "diffrec"}, {"model": "autoencoder"}, {"model": "lightgcn"}]
 
@@ -461,7 +461,8 @@ def test_fake_clicks_are_new_marked_and_the_same_every_time():
 def test_the_claim_shows_on_noisy_clicks():
     """Acceptance 9, 80 steps on the shop with 20 % more fake clicks (chance 0.034)."""
     shared = {"steps": 80, "eval_every": 40, "fake": 0.2}
-    ours, chain, popular = (train_quietly(Config(**shared | changes), CPU) for changes in ({}, DIFFREC, {"model": "popularity"}))
+    ours, chain, popular = (train_quietly(lambda cfg: Task(cfg, CPU), Config(**shared | changes)).evaluate("test")
+                            for changes in ({}, DIFFREC, {"model": "popularity"}))
     assert ours["Recall@20"] > chain["Recall@20"] > popular["Recall@20"]
     assert ours["Recall@20"] > 0.14
 
@@ -497,13 +498,13 @@ def test_recommend_says_what_is_wrong(tmp_path):
     task, path = write_run(tmp_path)
     with pytest.raises(ValueError, match="there is no user 5000: ids run from 0 to"):
         recommend.main(["--user=5000", f"--ckpt={path}"])
-    task.train = task.train[task.train[:, 0] != 3]
+    task.data.train = task.data.train[task.data.train[:, 0] != 3]
     with pytest.raises(ValueError, match="user 3 has no training click"):
-        recommend.check_user(task, 3)
+        task.data.history(3)
     with pytest.raises(FileNotFoundError, match="is missing: train first"):
         recommend.main(["--user=1", f"--ckpt={tmp_path / 'nothing.pt'}"])
     save_checkpoint(tmp_path / "best.pt", {"name": "galip", "config": {"width": 3}, "state": {}})
-    with pytest.raises(ValueError, match="holds 'galip', not a model of diffusion_rec"):
+    with pytest.raises(ValueError, match="holds 'galip', not a run of ld4mrec"):
         recommend.main(["--user=1", f"--ckpt={path}"])
 
 

@@ -15,7 +15,8 @@ from data.videos import load_questions
 from videoqa import answer, explain
 from videoqa.features import cached, digest, extract, flow, looked
 from videoqa.model import QuestionOnly
-from videoqa.task import Config, Task, evidence_auc, groups_of, paper, rate
+from videoqa.questions import groups_of
+from videoqa.task import Config, Task, paper, rate
 
 SMALL = dict(videos=30, questions=4, steps=60, eval_every=20, batch=32, width=32, word_width=16)
 CPU = torch.device("cpu")
@@ -184,9 +185,9 @@ def test_evidence_auc_is_the_area_under_the_curve_of_each_question():
     torch.manual_seed(0)
     scores, evidence = torch.rand(5, 8).mul(4).round(), torch.rand(5, 8) < 0.4
     slow = torch.tensor([roc_auc(s, e) for s, e in zip(scores, evidence, strict=True)])
-    torch.testing.assert_close(evidence_auc(scores, evidence), slow)
-    assert evidence_auc(scores[:1], torch.zeros(1, 8, dtype=torch.bool)).isnan().all()
-    assert evidence_auc(evidence.float(), evidence).eq(1).all()
+    torch.testing.assert_close(explain.evidence_auc(scores, evidence), slow)
+    assert explain.evidence_auc(scores[:1], torch.zeros(1, 8, dtype=torch.bool)).isnan().all()
+    assert explain.evidence_auc(evidence.float(), evidence).eq(1).all()
 
 
 def test_schedules_are_the_official_halving_and_a_cosine():
@@ -290,7 +291,7 @@ def test_what_cannot_be_answered_is_one_sentence(run, film, tmp_path):
             ([str(tmp_path / "single"), "what colour?", ckpt], "single frame"), ([str(tmp_path / "no"), "what?", ckpt], "no"),
             ([str(tmp_path / "two.npz"), "what colour?", ckpt], "holds 2 videos; choose one with --video"),
             ([clip, f"--questions={tmp_path}/empty.json", ckpt], "holds no question"),
-            ([clip, "what?", f"--ckpt={tmp_path}/other.pt"], "holds 'galip', not a DualVGR"),
+            ([clip, "what?", f"--ckpt={tmp_path}/other.pt"], "holds 'galip', not a run of dualvgr"),
             ([clip, "what?", "--tpo=3", ckpt], "did you mean --top")]:
         with pytest.raises((ValueError, FileNotFoundError), match=sentence):
             answer.main(words)

@@ -9,7 +9,6 @@ The sheet has the query's weights over words, the punishment of every clip and t
 the weight of each clip's frames in the pooled video, and how much the answer loses without each clip.
 """
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +17,14 @@ import torch
 from data import clip as clips
 from data import safe
 from data.frames import Frames, blocks, open_frames, pictures_of
-from data.options import from_plain, parse, show_help
+from data.options import from_plain, options_of, run, words_first
 from data.parts import Lazy
 from data.videos import question_words
-from data.weights import load_checkpoint
-from videoqa.explain import draw, without_each_clip
-from videoqa.features import Standard, extract, looked
-from videoqa.task import Config, Words, build
+from data.weights import load_parts, open_run
+from videoqa.explain import best_answers, draw, probabilities, without_each_clip
+from videoqa.features import Standard, captions, extract, looked
+from videoqa.questions import Words
+from videoqa.task import Config, build
 
 
 @dataclass
@@ -42,25 +42,19 @@ class Answerer:
     """A trained DualVGR with its words and its frozen CLIP; no data set is opened."""
 
     def __init__(self, ckpt):
-        checkpoint = load_checkpoint(ckpt)
-        if checkpoint.get("name") != "dualvgr":
-            raise ValueError(f"{ckpt} holds '{checkpoint.get('name')}', not a DualVGR; point --ckpt at a run of dualvgr")
-        self.cfg, state = from_plain(Config, checkpoint["config"]), checkpoint["state"]
+        config, state = open_run(ckpt, "dualvgr")
+        self.cfg = from_plain(Config, config)
         if self.cfg.streams == "none":
             raise ValueError(f"{ckpt} is a question-only model, which looks at no clip; point --ckpt at another run")
         if self.cfg.features:
             raise ValueError(f"{ckpt} was trained on feature files ({self.cfg.features[0]}), which frames cannot be turned into "
                              "here; train on frames with --films=FOLDER")
-        self.words = Words()
-        self.words.load_state_dict(state["words"])
+        self.words, self.clip = Words(), clips.small()
+        self.standard = Standard(0, captions(self.clip))
+        load_parts({"words": self.words, "standard": self.standard}, state, f"{ckpt} does not fit")
         self.ids = {word: n for n, word in enumerate(self.words.tables["question"])}
-        self.standard = Standard(0, (state["standard"]["text"], state["standard"]["said"]))
-        self.standard.load_state_dict(state["standard"])
-        sizes = [len(self.words.tables[name]) for name in ("question", "answer")]
-        self.model = build(self.cfg, *sizes, self.standard.width)
-        self.model.load_state_dict(state["model"])
-        self.model.eval()
-        self.clip = clips.small()
+        self.model = build(self.cfg, self.words, self.standard.width).eval()
+        load_parts({"model": self.model}, state, f"{ckpt} does not fit")
 
     def see(self, frames, name):
         """One video.   -> its clips (N, F, 3, 64, 64), appearance (1, N, L, D), motion (1, N, D), standardised"""
@@ -84,9 +78,11 @@ class Answerer:
     def answer(self, tokens, appearance, motion):
         """-> Output, probabilities (A,) of every answer but the two that stand for unknown ones"""
         out = self.model(tokens, torch.tensor([tokens.shape[1]]), appearance, motion)
-        logits = out.logits[0].clone()
-        logits[:2] = -torch.inf
-        return out, logits.softmax(0)
+        return out, probabilities(out.logits[0])
+
+    def best(self, p, top):
+        """-> [(answer, probability), ...]"""
+        return best_answers(p, self.words.tables["answer"], top)
 
 
 def open_clip(path):
@@ -125,9 +121,7 @@ def read_questions(file, frames):
 
 def answer_file(answerer, frames, options):
     """Every question of a file, each video seen once; one JSON object a line. A question that cannot be read says why."""
-    rows, seen, right, known = read_questions(options.questions, frames), {}, 0, 0
-    path = Path(options.out or "answers.jsonl")
-    lines = []
+    rows, lines, seen, right, known = read_questions(options.questions, frames), [], {}, 0, 0
     for row in rows:
         if row["video"] not in seen:
             seen = {row["video"]: answerer.see(frames, row["video"])[1:]}         # one video at a time is held
@@ -136,46 +130,40 @@ def answer_file(answerer, frames, options):
         except ValueError as error:
             lines.append(row | {"error": str(error)})
             continue
-        best = p.topk(min(options.top, len(p) - 2))
-        told = [[answerer.words.tables["answer"][i], round(float(x), 4)] for x, i in zip(*best, strict=True)]
-        lines.append(row | {"predicted": told[0][0], "runners_up": told, "punishment": out.scores[:, :, 0].numpy().round(4).tolist()})
+        told = [(answer, round(x, 4)) for answer, x in answerer.best(p, options.top)]
+        punishment = out.scores[:, :, 0].numpy().round(4).tolist()
+        lines.append(row | {"predicted": told[0][0], "runners_up": told, "punishment": punishment})
         known += "answer" in row
         right += row.get("answer") == told[0][0]
+    path = Path(options.out or "answers.jsonl")
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     scored = f"; {right} of {known} right" if known else ""
     print(f"{len(lines)} questions about {len({row['video'] for row in rows})} videos{scored} -> {path}")
 
 
 def main(argv):
-    if "--help" in argv or "-h" in argv or not argv:
-        return show_help("python -m videoqa.answer CLIP QUESTION", Options)
-    n = next((n for n, word in enumerate(argv) if word.startswith("--")), len(argv))
-    (where, *asked), options = argv[:n] or [""], Options(**parse(argv[n:], Options, command="python -m videoqa.answer"))
-    if not where or bool(asked) == bool(options.questions):
+    words, argv = words_first(argv)
+    options = options_of(argv, Options, "python -m videoqa.answer")
+    if not words or (len(words) > 1) == bool(options.questions):
         raise ValueError("say which clip, then a question or --questions=FILE:  python -m videoqa.answer clip.gif 'what "
                          "colour is the star?'")
-    answerer, frames = Answerer(options.ckpt), open_clip(where)
+    answerer, frames = Answerer(options.ckpt), open_clip(words[0])
     if options.questions:
         return answer_file(answerer, frames, options)
     shown, appearance, motion = answerer.see(frames, pick(frames, options.video))
-    for k, question in enumerate(asked):
-        words, tokens = answerer.read(question)
+    for k, question in enumerate(words[1:]):
+        asked, tokens = answerer.read(question)
         out, p = answerer.answer(tokens, appearance, motion)
-        best = p.topk(min(options.top, len(p) - 2))
-        told = ", ".join(f"{answerer.words.tables['answer'][i]} {x:.2f}" for x, i in zip(*best, strict=True))
-        unknown = [word for word in words if word not in answerer.ids]
-        note = f"unknown to the model: {', '.join(unknown)}" if unknown else ""
-        print(f"{question}\n  {told}" + f"\n  ({note})" * bool(note))
+        told = ", ".join(f"{answer} {x:.2f}" for answer, x in answerer.best(p, options.top))
+        unknown = [word for word in asked if word not in answerer.ids]
+        note = [f"unknown to the model: {', '.join(unknown)}"] if unknown else []
+        print("\n  ".join([question, told, *note]))
         path = Path(options.out or "answer.png")
         path = path if k == 0 else path.with_stem(f"{path.stem}-{k + 1}")
-        effect = without_each_clip(answerer.model, tokens, appearance, motion, int(best.indices[0]))
-        frames_read = shown[:, looked(shown.shape[1], answerer.cfg.look)]
-        draw(path, words, [f"answers: {told}"] + [note] * bool(note), frames_read, out, effect)
+        effect = without_each_clip(answerer.model, tokens, appearance, motion, int(p.argmax()))
+        draw(path, asked, [f"answers: {told}", *note], shown[:, looked(shown.shape[1], answerer.cfg.look)], out, effect)
         print(f"  -> {path}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run(main)

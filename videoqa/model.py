@@ -373,7 +373,8 @@ def official_names(cycles, heads):
     for t in range(cycles):
         graphs = tuple([f"{unit}{graph}.{t}.attention_{h}" for graph in (common, f"{own}_GCN") for h in range(heads)]
                        for _, own, common in streams)
-        linear |= {f"units.{t}.query.enhance": f"{unit}queryAttn.{t}.feat_enhance", f"units.{t}.query.score": f"{unit}queryAttn.{t}.fc",
+        linear |= {f"units.{t}.query.enhance": f"{unit}queryAttn.{t}.feat_enhance",
+                   f"units.{t}.query.score": f"{unit}queryAttn.{t}.fc",
                    f"units.{t}.punishment.query": tuple(f"{unit}queryPunish_{short}.{t}.query_weight" for short, *_ in streams),
                    f"units.{t}.graph.project": tuple([f"{head}.W" for head in own] for own in graphs),
                    f"units.{t}.fuse.enhance": tuple(f"{unit}attention_{own}.{t}.project.0" for _, own, _ in streams)}
@@ -382,7 +383,8 @@ def official_names(cycles, heads):
             names[f"units.{t}.graph.{part}"] = tuple([f"{head}.a.{theirs}" for head in own] for own in graphs)
     for ours, theirs in linear.items():
         names |= {f"{ours}.{part}": each(theirs, lambda name, part=part: f"{name}.{part}") for part in ("weight", "bias")}
-    return names | {f"decoder.norm.{x}": f"output_unit.classifier.3.{x}" for x in ("running_mean", "running_var", "num_batches_tracked")}
+    counts = ("running_mean", "running_var", "num_batches_tracked")
+    return names | {f"decoder.norm.{x}": f"output_unit.classifier.3.{x}" for x in counts}
 
 
 def each(entry, f):
@@ -402,7 +404,8 @@ def from_official(state_dict):
     each(tuple(names.values()), wanted.add)
     missing, unknown = sorted(wanted - state_dict.keys()), sorted(state_dict.keys() - wanted)
     if missing or unknown:
-        raise ValueError(f"not an official DualVGR state dict: missing {missing[:5] or 'nothing'}, unknown {unknown[:5] or 'nothing'}")
+        raise ValueError(f"not an official DualVGR state dict: missing {missing[:5] or 'nothing'}, "
+                         f"unknown {unknown[:5] or 'nothing'}")
     vocabulary, word_width = state_dict["linguistic_input_unit.encoder_embed.weight"].shape
     width, features = state_dict["visual_motion_input_unit.weight"].shape
     answers = len(state_dict["output_unit.classifier.5.bias"])
