@@ -11,6 +11,7 @@ from PIL import Image
 from data import captions, edits, parts, safe, views, world
 from data.captions import load
 from data.edits import load as load_edits
+from tests.test_data_prepare import Hostile
 
 COUNTS = [("birds", "birds", "train", 215, 2150), ("birds", "birds", "test", 220, 2200),
           ("birds64", "birds", "train", 215, 2150), ("birds64", "birds", "test", 220, 2200),
@@ -119,11 +120,6 @@ def test_pickled_lists_are_read_even_after_a_windows_checkout(tmp_path):
         raw = pickle.dumps(keys, protocol)
         (root / "train" / "filenames.pickle").write_bytes(raw.replace(b"\n", b"\r\n") if protocol == 0 else raw)
         assert load("birds", root, "train", 32, holdout=0).names == keys
-
-
-class Hostile:
-    def __reduce__(self):
-        return (print, ("this must never be printed",))
 
 
 def spoil_hostile(root):

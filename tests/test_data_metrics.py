@@ -1,6 +1,7 @@
 """data/metrics.py against pencil and paper, against slow and obvious twins, and against closed forms."""
 import math
 from fractions import Fraction
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ from torch.nn import functional as F
 from data import metrics
 
 
-def lists(*relevant_places, users=None):
+def lists(*relevant_places):
     """One user per tuple of 0-based places of that user's targets -> ranks, users."""
     ranks = [r for places in relevant_places for r in places]
     owner = [u for u, places in enumerate(relevant_places) for _ in places]
-    return torch.tensor(ranks), torch.tensor(owner) if users is None else torch.tensor(users)
+    return torch.tensor(ranks), torch.tensor(owner)
 
 
 # -- ranking -------------------------------------------------------------------------------------------------
@@ -66,16 +67,12 @@ def test_random_lists_agree_with_loops():
         places = rng.permutation(100)[:n]
         ranks += places.tolist()
         users += [user] * n
-        expected.append(
-            {k: by_the_book([int(r in set(places)) for r in range(100)], n, k) for k in metrics.KS}
-        )
+        expected.append({k: by_the_book([int(r in set(places)) for r in range(100)], n, k) for k in metrics.KS})
     shuffle = rng.permutation(len(ranks))
     found = metrics.ranking(torch.tensor(ranks)[shuffle].int(), torch.tensor(users)[shuffle])
     for k in metrics.KS:
         for name in ("Recall", "NDCG", "Precision", "MAP"):
-            assert found[f"{name}@{k}"] == pytest.approx(
-                np.mean([e[k][name] for e in expected]), abs=1e-12
-            ), (name, k)
+            assert found[f"{name}@{k}"] == pytest.approx(np.mean([e[k][name] for e in expected]), abs=1e-12), (name, k)
 
 
 @pytest.mark.parametrize(("ranks", "users", "words"), [
@@ -89,14 +86,12 @@ def test_impossible_ranks_are_refused(ranks, users, words):
 
 def test_chance_is_what_every_possible_list_gives_on_average():
     """All orders of a list of 5 places with 2 targets, and of 4 places with 3, enumerated."""
-    from itertools import permutations
     total = {}
     for places, n in ((5, 2), (4, 3)):
         orders = list(permutations(range(places)))
         for order in orders:
-            for key, value in metrics.ranking(
-                torch.tensor(order[:n]), torch.zeros(n, dtype=torch.long), ks=(3, 10)
-            ).items():
+            found = metrics.ranking(torch.tensor(order[:n]), torch.zeros(n, dtype=torch.long), ks=(3, 10))
+            for key, value in found.items():
                 total[key] = total.get(key, 0) + value / len(orders) / 2
     chance = metrics.ranking_chance(torch.tensor([0, 0, 1, 1, 1]), 9, torch.tensor([4, 5]), ks=(3, 10))
     assert chance == pytest.approx(total)
@@ -107,9 +102,7 @@ def test_chance_is_what_every_possible_list_gives_on_average():
 
 
 def orthogonal(n, seed):
-    return torch.linalg.qr(
-        torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    )[0]
+    return torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
 
 
 def test_frechet_of_commuting_covariances_has_a_closed_form():
@@ -117,14 +110,10 @@ def test_frechet_of_commuting_covariances_has_a_closed_form():
     roots_a = [Fraction(k, 7) for k in range(12)]                                  # one of them zero
     roots_b = [Fraction(k * k + 1, 5) for k in range(12)]
     shift = [Fraction(k, 3) for k in range(12)]
-    truth = float(
-        sum((p - q) ** 2 for p, q in zip(roots_a, roots_b, strict=True)) + sum(s * s for s in shift)
-    )
+    truth = float(sum((p - q) ** 2 for p, q in zip(roots_a, roots_b, strict=True)) + sum(s * s for s in shift))
     turn = orthogonal(12, 0)
-    cov_a, cov_b = (
-        turn @ torch.diag(torch.tensor([float(r * r) for r in roots], dtype=torch.float64)) @ turn.T
-        for roots in (roots_a, roots_b)
-    )
+    cov_a, cov_b = (turn @ torch.diag(torch.tensor([float(r * r) for r in roots], dtype=torch.float64)) @ turn.T
+                    for roots in (roots_a, roots_b))
     mean = turn @ torch.tensor([float(s) for s in shift], dtype=torch.float64)
     assert metrics.frechet_of_moments(mean, cov_a, torch.zeros(12), cov_b) == pytest.approx(truth, rel=1e-13)
 
@@ -157,9 +146,7 @@ def test_frechet_agrees_with_long_double_arithmetic():
     mean_a, mean_b = wide_a.mean(0), wide_b.mean(0)
     cov_a, cov_b = ((x - m).T @ (x - m) / (len(x) - 1) for x, m in ((wide_a, mean_a), (wide_b, mean_b)))
     root = newton_root(cov_a)
-    truth = float(
-        ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * newton_root(root @ cov_b @ root))
-    )
+    truth = float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * newton_root(root @ cov_b @ root)))
     found = metrics.frechet_distance(torch.from_numpy(a), torch.from_numpy(b + 0.25), "numbers")
     assert found.value == pytest.approx(truth, rel=1e-11)
 
@@ -191,22 +178,12 @@ def test_kernel_distance_agrees_with_loops_and_is_unbiased():
     rng = torch.Generator().manual_seed(2)
     a, b = torch.randn(5, 3, generator=rng), torch.randn(4, 3, generator=rng)
     kernel = lambda x, y: (float(x @ y) / 3 + 1) ** 3  # noqa: E731
-    inside = [
-        sum(kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j)
-        / len(x)
-        / (len(x) - 1)
-        for x in (a, b)
-    ]
+    inside = [sum(kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j) / len(x) / (len(x) - 1)
+              for x in (a, b)]
     across = sum(kernel(x, y) for x in a for y in b) / 20
-    assert float(metrics.kernel_distance(a, b, "numbers", block=2)) == pytest.approx(
-        sum(inside) - 2 * across, rel=1e-5
-    )
-    draws = [
-        float(
-            metrics.kernel_distance(torch.randn(30, 4, generator=rng), torch.randn(20, 4, generator=rng), "n")
-        )
-        for _ in range(400)
-    ]
+    assert float(metrics.kernel_distance(a, b, "numbers", block=2)) == pytest.approx(sum(inside) - 2 * across, rel=1e-5)
+    draws = [float(metrics.kernel_distance(torch.randn(30, 4, generator=rng), torch.randn(20, 4, generator=rng), "n"))
+             for _ in range(400)]
     assert abs(np.mean(draws)) < 4 * np.std(draws) / 20                        # 0 within four standard errors
 
 
@@ -236,16 +213,12 @@ def test_sets_that_cannot_be_compared_are_refused(a, b, words):
 def test_r_precision_is_one_for_matches_and_chance_for_constants():
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     assert metrics.r_precision(x, 3 * x, 10) == 1
-    assert metrics.r_precision(torch.ones(50, 8), torch.ones(50, 8), 10) == pytest.approx(
-        1 / 10
-    )  # ties share
+    assert metrics.r_precision(torch.ones(50, 8), torch.ones(50, 8), 10) == pytest.approx(1 / 10)         # ties share
 
 
 def test_r_precision_of_unrelated_vectors_is_chance():
     rng = torch.Generator().manual_seed(0)
-    found = metrics.r_precision(
-        torch.randn(1500, 32, generator=rng), torch.randn(1500, 32, generator=rng), 10, rng
-    )
+    found = metrics.r_precision(torch.randn(1500, 32, generator=rng), torch.randn(1500, 32, generator=rng), 10, rng)
     assert abs(found - 0.1) < 4 * math.sqrt(0.09 / 1500)
 
 
@@ -270,18 +243,14 @@ def test_l1_outside_sees_only_what_is_outside():
 def test_ssim_agrees_with_loops_over_windows():
     rng = torch.Generator().manual_seed(0)
     a, b = (torch.rand(1, 1, 13, 14, generator=rng, dtype=torch.float64) * 2 - 1 for _ in range(2))
-    weight = np.array(
-        [[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)]
-    )
+    weight = np.array([[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)])
     weight /= weight.sum()
     values = []
     for i in range(3):
         for j in range(4):
             x, y = (t[0, 0, i : i + 11, j : j + 11].numpy() for t in (a, b))
             mx, my = (weight * x).sum(), (weight * y).sum()
-            vx, vy, vxy = (
-                (weight * p * q).sum() for p, q in ((x - mx, x - mx), (y - my, y - my), (x - mx, y - my))
-            )
+            vx, vy, vxy = ((weight * p * q).sum() for p, q in ((x - mx, x - mx), (y - my, y - my), (x - mx, y - my)))
             values.append((2 * mx * my + 0.02**2) * (2 * vxy + 0.06**2)
                           / ((mx**2 + my**2 + 0.02**2) * (vx + vy + 0.06**2)))
     assert float(metrics.ssim(a, b)) == pytest.approx(np.mean(values), rel=1e-9)
@@ -301,19 +270,10 @@ def test_ssim_is_one_for_equal_pictures_and_ignores_masked_change():
 
 
 def test_accuracy_by_type_stands_beside_the_majority_answer():
-    found = metrics.accuracy_by_type(
-        predicted=torch.tensor([1, 2, 2, 0]),
-        true=torch.tensor([1, 1, 2, 5]),
-        types=["what", "what", "who", "where"],
-        train_true=torch.tensor([1, 1, 2, 3]),
-        train_types=["what", "what", "what", "who"],
-    )
-    assert found == {
-        "what": (0.5, 1.0, 2),
-        "where": (0.0, 0.0, 1),
-        "who": (1.0, 0.0, 1),
-        "all": (0.5, 0.5, 4),
-    }
+    found = metrics.accuracy_by_type(predicted=torch.tensor([1, 2, 2, 0]), true=torch.tensor([1, 1, 2, 5]),
+                                     types=["what", "what", "who", "where"], train_true=torch.tensor([1, 1, 2, 3]),
+                                     train_types=["what", "what", "what", "who"])
+    assert found == {"what": (0.5, 1.0, 2), "where": (0.0, 0.0, 1), "who": (1.0, 0.0, 1), "all": (0.5, 0.5, 4)}
 
 
 def test_roc_auc_counts_every_pair_and_ties_half():

@@ -5,8 +5,10 @@ import hashlib
 import http.server
 import io
 import pickle
+import sys
 import tarfile
 import threading
+import types
 import zipfile
 
 import numpy as np
@@ -21,9 +23,7 @@ SHA = hashlib.sha256(BODY).hexdigest()
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """/good and /SET/FILE answer Range; /deaf ignores it; /cut stops half-way once; /wrong has another byte;
-    /long goes on.
-    """
+    """/good and /SET/FILE answer Range; /deaf ignores it; /cut stops half-way; /wrong has another byte; /long goes on."""
     cuts, asked = [], []
 
     def do_GET(self):
@@ -71,8 +71,7 @@ def test_a_file_is_fetched_once(server, tmp_path):
 def test_a_cut_download_goes_on_where_it_stopped(server, tmp_path):
     file, Server.cuts = tmp_path / "x.bin", [1000, 300_000]
     for have in (300_000, 301_000):
-        with pytest.raises(ValueError, match=f"/cut was cut after {have:,} of 1,048,576 bytes; the same "
-                                             f"command goes on"):
+        with pytest.raises(ValueError, match=f"/cut was cut after {have:,} of 1,048,576 bytes; the same command goes on"):
             fetch(f"{server}/cut", file, len(BODY), SHA)
         assert not file.exists() and (tmp_path / "x.bin.part").stat().st_size == have
     assert fetch(f"{server}/cut", file, len(BODY), SHA) == len(BODY) - 301_000 and file.read_bytes() == BODY
@@ -110,8 +109,7 @@ def test_a_part_of_something_else_is_found_out_and_then_fetched_anew(server, tmp
 
 def test_a_file_of_that_name_that_is_another_is_not_touched(server, tmp_path):
     (tmp_path / "x.bin").write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"x\.bin is not the published file \(4 bytes, expected 1,048,576 "
-                                         r".*move it away"):
+    with pytest.raises(ValueError, match=r"x\.bin is not the published file \(4 bytes, expected 1,048,576 .*move it away"):
         fetch(f"{server}/good", tmp_path / "x.bin", len(BODY), SHA)
     assert (tmp_path / "x.bin").read_bytes() == b"mine" and not Server.asked
 
@@ -119,8 +117,7 @@ def test_a_file_of_that_name_that_is_another_is_not_touched(server, tmp_path):
 def test_servers_that_do_not_answer_are_sentences(server, tmp_path):
     with pytest.raises(ValueError, match="/gone answers 404 Not Found; the file may have moved"):
         fetch(f"{server}/gone", tmp_path / "x.bin", len(BODY), SHA)
-    with pytest.raises(ValueError, match="http://127.0.0.1:9/x cannot be reached .*the same command tries "
-                                         "again"):
+    with pytest.raises(ValueError, match="http://127.0.0.1:9/x cannot be reached .*the same command tries again"):
         fetch("http://127.0.0.1:9/x", tmp_path / "x.bin", len(BODY), SHA, timeout=5)
     with pytest.raises(ValueError, match="links must begin with http"):
         fetch((tmp_path / "x").as_uri(), tmp_path / "x.bin", len(BODY), SHA)
@@ -139,8 +136,7 @@ class Full(io.FileIO):
 def test_a_full_disk_keeps_what_came_and_the_next_try_goes_on(server, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "open", Full, raising=False)
-        with pytest.raises(ValueError, match=r"x\.bin\.part cannot be written \(No space left on device\); "
-                                             r"make room"):
+        with pytest.raises(ValueError, match=r"x\.bin\.part cannot be written \(No space left on device\); make room"):
             fetch(f"{server}/good", tmp_path / "x.bin", len(BODY), SHA)
     have = (tmp_path / "x.bin.part").stat().st_size
     assert not (tmp_path / "x.bin").exists() and 0 < have < len(BODY)
@@ -157,8 +153,7 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(server, tmp_path):
 
 
 def test_the_command_fetches_what_it_lists_and_says_the_rest(server, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(prepare.FETCH, "svqa", ("good", f"\n   a.txt {len(BODY)} {SHA}\n   b.txt "
-                                                            f"{len(BODY)} {SHA}\n"))
+    monkeypatch.setitem(prepare.FETCH, "svqa", ("good", f"\n   a.txt {len(BODY)} {SHA}\n   b.txt {len(BODY)} {SHA}\n"))
     main(["svqa", f"--root={tmp_path / 'svqa'}", f"--mirror={server}"])
     told = capsys.readouterr().out
     assert "svqa comes from" in told and "questions.json" in told and "--check" in told and told.count("fetched") == 2
@@ -189,8 +184,8 @@ def test_every_fetched_file_is_the_one_we_measured(shared):
         for url, file, size, sha in listed(name):
             path = shared / folder / file
             raw = path.read_bytes() if path.is_file() else gzip.open(f"{path}.gz").read()
-            assert (len(raw), hashlib.sha256(raw).hexdigest()) == (size,
-                                                                   sha) and url.startswith("https://github.com/"), file
+            assert (len(raw), hashlib.sha256(raw).hexdigest()) == (size, sha), file
+            assert url.startswith("https://github.com/")
 
 
 def test_check_counts_a_folder_with_our_loaders(shared, capsys):
@@ -300,12 +295,9 @@ def test_the_command_unpacks_what_was_downloaded_by_hand(tmp_path, capsys):
 
 # -- pickles -------------------------------------------------------------------------------------------------
 
-VALUES = {"a": np.arange(6).reshape(2, 3), "f": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-          "t": np.array(["ab", "c"]),
-          "z": np.empty((0, 4), np.float32), "b": b"\xff\0", "e": b"", "s": [np.float32(2.5),
-                                                                             (1, np.int64(3))],
-                                                                             "u": "na\u00efve",
-          "big": np.arange(3, dtype=">i2"), "bool": np.array([True, False]), "set": {1, 2}, "none": None,
+VALUES = {"a": np.arange(6).reshape(2, 3), "f": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "t": np.array(["ab", "c"]),
+          "z": np.empty((0, 4), np.float32), "b": b"\xff\0", "e": b"", "s": [np.float32(2.5), (1, np.int64(3))], "none": None,
+          "u": "na\u00efve", "big": np.arange(3, dtype=">i2"), "bool": np.array([True, False]), "set": {1, 2},
           "d": {1: [2, {3: "x"}]}}
 
 
@@ -336,11 +328,7 @@ def test_a_list_that_holds_itself_and_shared_parts_survive():
 
 
 def matrix(form, module, protocol):
-    """The bytes that pickling a scipy matrix gives, made without scipy: a class of that name with the same
-    state.
-    """
-    import sys
-    import types
+    """The bytes that pickling a scipy matrix gives, made without scipy: a class of that name with the same state."""
     kind = type(f"{form}_matrix", (), {"__module__": module})
     names = {"coo": ("row", "col"), "csr": ("indices", "indptr"), "csc": ("indices", "indptr")}[form]
     arrays = {"coo": ([0, 1], [2, 0]), "csr": ([2, 0], [0, 1, 2]), "csc": ([1, 0], [0, 1, 1, 2])}[form]
@@ -371,12 +359,14 @@ def test_sparse_matrices_become_dicts_of_arrays_without_scipy(form, protocol):
         assert all(isinstance(found[name], np.ndarray) for name in names)
 
 
-class Runs:
+class Hostile:
+    """Its pickle is a program."""
+
     def __reduce__(self):
         return (print, ("this must never be printed",))
 
 
-HOSTILE = [pickle.dumps({"a": [Runs()]}, protocol) for protocol in range(6)] + [
+HOSTILE = [pickle.dumps({"a": [Hostile()]}, protocol) for protocol in range(6)] + [
     b"cos\nsystem\n(S'echo x'\ntR.", b"c__builtin__\neval\n(S'1'\ntR.",
     b"cbuiltins\ngetattr\n(cbuiltins\nlist\nS'x'\ntR.",
     b"cnumpy\nload\n(S'x'\ntR.", b"cnumpy.core.multiarray\nfromfile\n(S'x'\ntR.",
@@ -387,8 +377,7 @@ HOSTILE = [pickle.dumps({"a": [Runs()]}, protocol) for protocol in range(6)] + [
 @pytest.mark.parametrize("raw", HOSTILE)
 def test_a_pickle_that_is_a_program_is_refused_by_name(tmp_path, capsys, raw):
     (tmp_path / "x.pkl").write_bytes(raw)
-    with pytest.raises(ValueError, match=r"x\.pkl is refused: the pickle asks for [\w.]+, and only "
-                                         r"numbers, text") as caught:
+    with pytest.raises(ValueError, match=r"x\.pkl is refused: the pickle asks for [\w.]+, and only numbers, text") as caught:
         safe.load_pickle(tmp_path / "x.pkl")
     assert "never be printed" not in capsys.readouterr().out and "\n" not in str(caught.value)
 
@@ -397,9 +386,8 @@ def test_a_pickle_that_numbers_its_objects_from_two_thousand_millions_costs_noth
     assert safe.load_pickle(b"S'a'\nr\xff\xff\xff\x7f.") == "a", "the reader in C would clear 32 GiB first"
 
 
-@pytest.mark.parametrize("raw", [b"", b"abc", b"\x80\x05\x96" + (2**45).to_bytes(8, "little"),
-                                 b"P1\n.",
-                                 b"\x80\x04]\x94h\x05.", b"(" * 3000, pickle.dumps(VALUES)[:-40]])
+@pytest.mark.parametrize("raw", [b"", b"abc", b"\x80\x05\x96" + (2**45).to_bytes(8, "little"), b"P1\n.", b"\x80\x04]\x94h\x05.",
+                                 b"(" * 3000, pickle.dumps(VALUES)[:-40]])
 def test_a_damaged_pickle_is_a_sentence(raw):
     with pytest.raises(ValueError, match="the pickle is not a pickle|the pickle is refused") as caught:
         safe.load_pickle(raw)
@@ -419,7 +407,7 @@ def test_object_arrays_are_read_through_the_same_door(tmp_path):
     assert safe.load_object_array(tmp_path / "d.npy")["k"][0].tolist() == [0, 1]
     np.save(tmp_path / "p.npy", np.arange(3))
     assert safe.load_object_array(tmp_path / "p.npy").tolist() == [0, 1, 2]
-    np.save(tmp_path / "h.npy", np.array([Runs()], dtype=object))
+    np.save(tmp_path / "h.npy", np.array([Hostile()], dtype=object))
     with pytest.raises(ValueError, match=r"h\.npy is refused: the pickle asks for"):
         safe.load_object_array(tmp_path / "h.npy")
     (tmp_path / "c.npy").write_bytes(b"\x93NUM")

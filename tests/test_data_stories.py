@@ -11,6 +11,7 @@ from PIL import Image
 
 from data import stories, views, world
 from data.stories import load
+from tests.test_data_prepare import Hostile
 
 
 @pytest.mark.parametrize("name, folder, split, count, frames", [
@@ -102,11 +103,6 @@ def test_pororo_descriptions_may_be_a_pickled_table(tmp_path):
     (root / "descriptions.csv").unlink()
     np.save(root / "descriptions.npy", np.array(table, dtype=object))
     assert load("pororo", root, "valid", 8).captions == [[f"scene {n}, first" for n in range(4, 9)]]
-
-
-class Hostile:
-    def __reduce__(self):
-        return (print, ("this must never be printed",))
 
 
 def save_hostile(root):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from data import clip
 from data.weights import (
     DTYPES,
     load_checked,
@@ -153,6 +154,13 @@ def test_state_dicts_in_torchs_format_are_read_and_unwrapped(tmp_path):
         read_state(tmp_path / "absent.pt")
 
 
+def test_a_checkpoint_is_read_back(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", {"x": torch.arange(3), "step": 4})
+    assert load_checkpoint(tmp_path / "a.pt")["x"].tolist() == [0, 1, 2] and not list(tmp_path.glob("*.tmp"))
+    with pytest.raises(FileNotFoundError, match="train first"):
+        load_checkpoint(tmp_path / "b.pt")
+
+
 class Bomb:
     def __init__(self, path):
         self.path = str(path)
@@ -161,10 +169,10 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("read", [read_state, load_checkpoint])
+@pytest.mark.parametrize("read", [read_state, load_checkpoint, clip.load])
 def test_a_pickle_that_runs_code_is_refused(read, tmp_path):
     torch.save({"weight": Bomb(tmp_path / "boom")}, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="damaged|would run code"):
         read(tmp_path / "w.pt")
     assert not (tmp_path / "boom").exists()
 
@@ -174,7 +182,7 @@ def test_damaged_torch_files_are_refused(read, tmp_path):
     path = tmp_path / "w.pt"
     save_checkpoint(path, {"weight": torch.ones(100)})
     whole = path.read_bytes()
-    for content in (b"", b"hello", whole[: len(whole) // 2], whole[:-1]):
+    for content in (b"", b"hello", b"PK", whole[: len(whole) // 2], whole[:-1], b"\x80\x04cos\nsystem\n."):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="damaged"):
             read(path)
