@@ -41,11 +41,6 @@ def latent_noise(table, z):
     return z @ factor.T.to(z.dtype)
 
 
-def latent_noise_naive(table, eps):
-    """eps (B, I) normal -> (B, d)"""
-    return eps @ table
-
-
 def reconstruction(h, out, bias, target, click_weight=1.0):
     """sum_i w_i (f_i - y_i)^2 for y = V h + b without y; w is click_weight at clicks, 1 elsewhere.   h (B, d) -> (B,)
 

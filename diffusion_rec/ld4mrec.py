@@ -145,11 +145,10 @@ class Preference(nn.Module):
             self.hidden, self.q = nn.Linear(cfg.width, cfg.width), nn.Linear(cfg.width, 1, bias=False)
 
     def forward(self, p):
-        """p {modality: (B, d_m)} -> r (B, d), a (B, M)"""
+        """p {modality: (B, d_m)} -> r (B, d)"""
         each = torch.stack([self.proj[m](x) for m, x in p.items()], 1)                        # (B, M, d)
         logits = self.q(torch.tanh(self.hidden(each)))[..., 0] if self.personal else each.new_zeros(each.shape[:2])
-        a = logits.softmax(1)
-        return (a[..., None] * each).sum(1), a
+        return (logits.softmax(1)[..., None] * each).sum(1)
 
 
 class Adapter(nn.Sequential):
@@ -246,7 +245,7 @@ class LD4MRec(nn.Module):
     def forward(self, entered, tau, guidance):
         """C-Net between the tables.   entered (B, d) = W_in^T x, tau (B, d_t), guidance as above -> h (B, d)"""
         (c, p), h, order = guidance, entered + self.bias_in, self.cfg.order
-        r = self.attn(p)[0] if p else None                                                     # (B, d)
+        r = self.attn(p) if p else None                                                        # (B, d)
         given = torch.cat([x for x in (tau, c, r if order == "single" else None) if x is not None], 1)
         for level, denoise in enumerate(self.bd):
             if self.bg and order == "BGBD":

@@ -52,7 +52,8 @@ def official_state(width, users=30, items=25, widths=(40, 20), D=64):
     state = {"user_embedding.weight": table(users, D), "item_id_embedding.weight": table(items, D), "query_common.0.weight":
              table(64, 64), "query_common.0.bias": table(64), "query_common.2.weight": table(1, 64)}
     for name, letter, size in zip(("image", "text"), "vt", widths, strict=True):
-        state |= {f"{name}_embedding.weight": table(items, size).abs(), f"{name}_trs.weight": table(D, size), f"{name}_trs.bias": table(D)}
+        state |= {f"{name}_embedding.weight": table(items, size).abs(), f"{name}_trs.weight": table(D, size),
+                  f"{name}_trs.bias": table(D)}
         for n, (rows, columns) in ((0, (width * D, D)), (4, (width * D, width * D)), (7, (D, width * D))):
             state |= {f"BeFA_{letter}.{n}.weight": table(rows, columns), f"BeFA_{letter}.{n}.bias": table(rows)}
     return state
@@ -318,7 +319,7 @@ def test_twelve_steps_equal_eight_then_four():
     for key, part in second.saved.items():
         part.load_state_dict(first.saved[key].state_dict())
     steps(second, 8, 12)
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), second.model.state_dict().values(), strict=True))
+    assert all(torch.equal(x, second.model.state_dict()[name]) for name, x in whole.model.state_dict().items())
 
 
 @pytest.fixture(scope="module")
@@ -374,9 +375,11 @@ def test_exploring_says_what_is_wrong(run_folder, tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
-    ({"host": "bm3"}, "--host=bm3 is unknown; choose mgcn"), ({"adapter": "lora"}, "--adapter=lora"), ({"join": "concat"}, "--join="),
+    ({"host": "bm3"}, "--host=bm3 is unknown; choose mgcn"), ({"adapter": "lora"}, "--adapter=lora"),
+    ({"join": "concat"}, "--join="),
     ({"depth": 0}, "--depth=0"), ({"dropout": 1.0}, "--dropout=1.0"), ({"encoder": "vgg"}, "--encoder=vgg is unknown"),
-    ({"modalities": ("none",)}, "--modalities=none leaves none"), ({"adapt": ("audio",)}, "--adapt=audio: there is no such modality")])
+    ({"modalities": ("none",)}, "--modalities=none leaves none"),
+    ({"adapt": ("audio",)}, "--adapt=audio: there is no such modality")])
 def test_a_wrong_option_is_answered_with_a_sentence(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         small_task(**changes)

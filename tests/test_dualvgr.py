@@ -4,14 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from videoqa.model import (
-    DualVGR,
-    DynamicQuery,
-    GraphAttention,
-    consistency,
-    from_official,
-    hsic,
-)
+from videoqa.model import DualVGR, DynamicQuery, GraphAttention, consistency, hsic
+from videoqa.official import from_official
 
 D, W, V, A, FEATURES, HEADS, T = 32, 12, 15, 9, 10, 4, 3
 
@@ -42,9 +36,11 @@ def official_dict(seed=0):
             view = f"{unit}attention_{stream}.{t}.project"
             sizes |= {f"{view}.0.weight": (D, D), f"{view}.0.bias": (D,), f"{view}.2.weight": (1, D)}
     for i in (0, 1):
-        sizes |= {f"visual_input_unit.visualfusion.linear{i}.weight": (512, D), f"visual_input_unit.visualfusion.linear{i}.bias": (512,)}
-    sizes |= {"visual_input_unit.visualfusion.linear_out.weight": (D, 256), "visual_input_unit.visualfusion.linear_out.bias": (D,),
-              "feature_aggregation.v_proj.weight": (D, D), "feature_aggregation.attn.weight": (1, D), "feature_aggregation.attn.bias": (1,),
+        fusion = f"visual_input_unit.visualfusion.linear{i}"
+        sizes |= {f"{fusion}.weight": (512, D), f"{fusion}.bias": (512,)}
+    sizes |= {"visual_input_unit.visualfusion.linear_out.weight": (D, 256),
+              "visual_input_unit.visualfusion.linear_out.bias": (D,), "feature_aggregation.v_proj.weight": (D, D),
+              "feature_aggregation.attn.weight": (1, D), "feature_aggregation.attn.bias": (1,),
               "output_unit.question_proj.weight": (D, D), "output_unit.question_proj.bias": (D,),
               "output_unit.classifier.1.weight": (D, 2 * D), "output_unit.classifier.1.bias": (D,),
               "output_unit.classifier.5.weight": (A, D), "output_unit.classifier.5.bias": (A,)}
@@ -82,7 +78,8 @@ def reference(state, tokens, length, appearance, motion, padded):
     _, sentence = reference_lstm(state, "linguistic_input_unit.encoder", words)
     context = torch.cat([context, torch.zeros(padded - length, D)])
     words = torch.cat([words, torch.zeros(padded - length, W)])
-    x = {"appear": torch.stack([reference_lstm(state, "visual_appearance_input_unit.encoder", torch.tanh(c))[1] for c in appearance]),
+    encoder = "visual_appearance_input_unit.encoder"
+    x = {"appear": torch.stack([reference_lstm(state, encoder, torch.tanh(c))[1] for c in appearance]),
          "motion": linear("visual_motion_input_unit", motion)}
     com, dis = [], []
     for t in range(T):
@@ -92,7 +89,8 @@ def reference(state, tokens, length, appearance, motion, padded):
         p = p / (p.sum() + 1e-5)
         query = (p[:, None] * words).sum(0)
         views = {}
-        for stream, own, common, view in (("appear", "appearance_GCN", "acGCN", "appearance"), ("motion", "motion_GCN", "mcGCN", "motion")):
+        for stream, own, common, view in (("appear", "appearance_GCN", "acGCN", "appearance"),
+                                          ("motion", "motion_GCN", "mcGCN", "motion")):
             score = torch.sigmoid(x[stream] @ linear(f"{unit}queryPunish_{stream}.{t}.query_weight", query))
             z = {}
             for kind, graph in (("own", own), ("common", common)):
@@ -105,7 +103,8 @@ def reference(state, tokens, length, appearance, motion, padded):
                     heads.append(F.elu(e @ (score[:, None] * u)))
                 z[kind] = torch.cat(heads, 1)
             both = torch.stack([z["common"], z["own"]], 1)
-            a = torch.tanh(linear(f"{unit}attention_{view}.{t}.project.0", both)) @ state[f"{unit}attention_{view}.{t}.project.2.weight"].T
+            project = f"{unit}attention_{view}.{t}.project"
+            a = torch.tanh(linear(f"{project}.0", both)) @ state[f"{project}.2.weight"].T
             x[stream] = x[stream] + (a.softmax(1) * both).sum(1)
             views[stream] = z
         grams = []
@@ -116,7 +115,7 @@ def reference(state, tokens, length, appearance, motion, padded):
         com.append(((grams[0] - grams[1]) ** 2).mean())
         r = torch.eye(len(motion)) - 1 / len(motion)
         dis.append(sum(torch.trace(r @ z["own"] @ z["own"].T @ r @ z["common"] @ z["common"].T) for z in views.values()))
-    fused = (F.elu(linear(f"{unit}visualfusion.linear0", x["appear"])) * F.elu(linear(f"{unit}visualfusion.linear1", x["motion"])))
+    fused = F.elu(linear(f"{unit}visualfusion.linear0", x["appear"])) * F.elu(linear(f"{unit}visualfusion.linear1", x["motion"]))
     y = F.elu(linear(f"{unit}visualfusion.linear_out", fused.reshape(-1, 256, 2).sum(2)))
     a = linear("feature_aggregation.attn", F.elu(y @ state["feature_aggregation.v_proj.weight"].T)).softmax(0)
     hidden = F.elu(linear("output_unit.classifier.1", torch.cat([(a * y).sum(0), linear("output_unit.question_proj", sentence)])))

@@ -260,7 +260,8 @@ def test_fast_page_has_the_naive_loss_and_every_gradient(changes, modalities):
 
 def test_fast_page_with_a_hub_of_six_hundred_clicks():
     users, items = 610, 30
-    train = torch.cat([torch.stack([torch.arange(600), torch.zeros(600, dtype=torch.int64)], 1), torch.tensor([[0, 3], [1, 4], [2, 5]])])
+    hub = torch.stack([torch.arange(600), torch.zeros(600, dtype=torch.int64)], 1)
+    train = torch.cat([hub, torch.tensor([[0, 3], [1, 4], [2, 5]])])
     features = {"image": torch.rand(items, 6, generator=generator(1)), "text": torch.rand(items, 5, generator=generator(2))}
     model = mgcn.MGCN(config(), users, items, train, features).double()
     batch = toy_batch(users, items, 64)
@@ -393,7 +394,8 @@ def test_metrics_equal_the_top_k_protocol(split):
 def test_popularity_ranks_by_training_clicks():
     train = torch.tensor([[0, 2], [1, 2], [2, 2], [0, 1], [1, 1], [2, 0]])
     users, items = baselines.popularity(train, 3, 4)
-    assert rank_of_targets(users, items, torch.tensor([2, 2]), torch.tensor([1, 3]), mgcn.user_item_graph(train, 3, 4).R).tolist() == [0, 1]
+    seen = mgcn.user_item_graph(train, 3, 4).R
+    assert rank_of_targets(users, items, torch.tensor([2, 2]), torch.tensor([1, 3]), seen).tolist() == [0, 1]
 
 
 def test_item_knn_scores_are_sums_of_cosines():
@@ -479,7 +481,8 @@ def test_recommend_says_what_is_wrong(tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
     small, path = write_run(tmp_path)
     config = dataclasses.asdict(small.cfg)
-    save_checkpoint(tmp_path / "best.pt", {"name": "mvgcn", "config": config | {"dim": 24}, "state": {"model": small.model.state_dict()}})
+    save_checkpoint(tmp_path / "best.pt", {"name": "mvgcn", "config": config | {"dim": 24},
+                                           "state": {"model": small.model.state_dict()}})
     with pytest.raises(ValueError, match="does not fit"):
         recommend.restore(path)
     save_checkpoint(tmp_path / "best.pt", {"name": "galip", "config": {"width": 3}, "state": {}})

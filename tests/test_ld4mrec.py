@@ -31,7 +31,8 @@ def one_shop(monkeypatch):
 
 
 def config(**changes):
-    return Config(**{"width": 8, "time_width": 4, "svd": 4, "batch": 16, "T": 5, "dropout": 0.0, "dropout_in": 0.0, "neighbours": 3} | changes)
+    return Config(**{"width": 8, "time_width": 4, "svd": 4, "batch": 16, "T": 5, "dropout": 0.0, "dropout_in": 0.0,
+                     "neighbours": 3} | changes)
 
 
 def toy(users=20, items=15, seed=0):
@@ -68,7 +69,8 @@ USERS = torch.tensor([0, 3, 5, 7, 7, 11, 19, 2])             # a repeat, a user 
 # ---- the forward process and its reverse ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("T", "scale", "low", "high"), [(1, 0.01, 1e-3, 1e-2), (10, 0.01, 1e-3, 1e-2), (100, 1.0, 1e-3, 1.0), (5, 0.0, 1e-3, 1e-2)])
+@pytest.mark.parametrize(("T", "scale", "low", "high"), [
+    (1, 0.01, 1e-3, 1e-2), (10, 0.01, 1e-3, 1e-2), (100, 1.0, 1e-3, 1.0), (5, 0.0, 1e-3, 1e-2)])
 def test_schedule_has_the_stated_noise_and_bounds(T, scale, low, high):
     betas, abar = diffusion.schedule(T, scale, low, high)
     assert abar[0] == 1 and (abar > 0).all() and (abar <= 1).all() and (betas >= 0).all() and (betas <= 0.999).all()
@@ -150,7 +152,8 @@ def leaf(*shape, rng):
 
 def soft(form, rows, score=None):
     rng = generator(4)
-    return diffusion.soft_target(form, 0.6, 0.2, rows, torch.rand(rows.shape[0], generator=rng), torch.rand(rows.nnz, generator=rng), score)
+    share = torch.rand(rows.shape[0], generator=rng)
+    return diffusion.soft_target(form, 0.6, 0.2, rows, share, torch.rand(rows.nnz, generator=rng), score)
 
 
 @pytest.mark.parametrize("click_weight", [1.0, 3.5])
@@ -195,7 +198,7 @@ def test_gathered_input_equals_the_dense_product():
 def test_latent_noise_has_the_moments_and_gradient_of_dense_noise(items):
     table, n, rng = leaf(items, 5, rng=generator(8)), 60_000, generator(9)
     quick = fast.latent_noise(table, torch.randn(n, 5, generator=rng, dtype=torch.float64))
-    naive = fast.latent_noise_naive(table, torch.randn(n, items, generator=rng, dtype=torch.float64))
+    naive = torch.randn(n, items, generator=rng, dtype=torch.float64) @ table
     size = float((table.T @ table).diagonal().max().detach())
     for x in (quick, naive):
         assert x.mean(0).abs().max() < 5 * math.sqrt(size / n)
@@ -227,8 +230,9 @@ def test_a_chain_of_one_step_is_one_call_at_time_one():
     with torch.no_grad():
         once = model(model.enter(rows, torch.ones(8), torch.zeros(8)), model.tau(torch.ones(8)), model.guidance(rows, USERS))
         assert torch.allclose(model.encode(USERS, "chain")[:, :-1], once, atol=1e-6)
-        assert not torch.allclose(model.encode(USERS, "one_step"), model.encode(USERS, "chain"), atol=1e-4)     # version 1 adds noise
-        assert torch.equal(model.encode(USERS, "one_step"), model.encode(USERS, "one_step"))                    # the same every time
+        noisy = model.encode(USERS, "one_step")              # version 1 adds noise, the same every time
+        assert not torch.allclose(noisy, model.encode(USERS, "chain"), atol=1e-4)
+        assert torch.equal(noisy, model.encode(USERS, "one_step"))
 
 
 # ---- soft targets ----------------------------------------------------------------------------------------------------------
@@ -277,7 +281,8 @@ def test_collaborative_signal_is_the_truncated_svd_with_fixed_signs():
     wanted = left[:, :6] * sigma[:6].sqrt()
     assert torch.allclose(users.abs(), wanted.abs(), atol=1e-4)
     assert (items.gather(0, items.abs().argmax(0)[None]) > 0).all()
-    again = ld4mrec.collaborative_signal(Graph.from_edges(train.flip(0)[:, 0], train.flip(0)[:, 1], (40, 30), R.weight.flip(0)), 6)
+    turned = Graph.from_edges(train.flip(0)[:, 0], train.flip(0)[:, 1], (40, 30), R.weight.flip(0))
+    again = ld4mrec.collaborative_signal(turned, 6)
     assert torch.equal(items, again)
 
 
@@ -336,24 +341,27 @@ def test_switches_remove_what_they_name():
     assert not hasattr(toy_model(modality_weights="uniform").attn, "q")
 
 
-SWITCHES = [{"order": "BGBD"}, {"order": "single"}, {"cond": "film"}, {"cond": "concat"}, {"modality_weights": "uniform"}, {"collab": "raw"},
-            {"collab": "lightgcn"}, {"befa": True}, {"soft_target": "positive_only"}, {"soft_target": "neighbour"}, {"soft_target": "off"},
-            {"t_sampling": "uniform"}, {"weighting": "snr"}, {"noise": "dense", "acts_on": "state"}, {"loss": "dense"}, {"rho": 0.0}, {"rho": 1.0},
-            {"guides_see": "whole"}, {"normalise": False}, {"T": 1}, {"first_beta": 1e-5}, {"guide_collab": False},
-            {"guide_modality": False}, {"guide_collab": False, "guide_modality": False}, {"layers": 3}, {"scale": 0.0}, {"width": 40, "svd": 32},
-            {"click_weight": 4.0}, {"objective": "ce"}, {"model": "diffrec"}, {"model": "autoencoder"}, {"model": "lightgcn"}]
+SWITCHES = [
+    {"order": "BGBD"}, {"order": "single"}, {"cond": "film"}, {"cond": "concat"}, {"modality_weights": "uniform"},
+    {"collab": "raw"}, {"collab": "lightgcn"}, {"befa": True}, {"soft_target": "positive_only"},
+    {"soft_target": "neighbour"}, {"soft_target": "off"}, {"t_sampling": "uniform"}, {"weighting": "snr"},
+    {"noise": "dense", "acts_on": "state"}, {"loss": "dense"}, {"rho": 0.0}, {"rho": 1.0}, {"guides_see": "shown"},
+    {"normalise": True}, {"T": 1}, {"first_beta": 1e-05}, {"guide_collab": False}, {"guide_modality": False},
+    {"guide_collab": False, "guide_modality": False}, {"layers": 3}, {"scale": 0.0}, {"width": 40, "svd": 32},
+    {"click_weight": 4.0}, {"objective": "ce"}, {"model": "diffrec"}, {"model": "autoencoder"}, {"model": "lightgcn"}]
 
 
 @pytest.mark.parametrize("changes", SWITCHES, ids=str)
 def test_every_switch_trains_and_ranks_users_without_history_too(changes):
-    kind = changes.get("model", "ld4mrec")
-    model = toy_model(kind, **{"dropout": 0.2, "dropout_in": 0.3} | {k: v for k, v in changes.items() if k != "model"}).train()
+    rest = dict(changes)
+    kind = rest.pop("model", "ld4mrec")
+    model = toy_model(kind, **{"dropout": 0.2, "dropout_in": 0.3} | rest).train()
     adam, users = torch.optim.Adam(model.parameters(), lr=0.02), torch.arange(20)
     for step in range(8):
         adam.zero_grad()
         loss_of(model, users, step).backward()
         adam.step()
-    first, last = (sum(float(loss_of(m.eval(), users, s).detach()) for s in range(4)) for m in (toy_model(kind, **{k: v for k, v in changes.items() if k != "model"}), model))
+    first, last = (sum(float(loss_of(m.eval(), users, s).detach()) for s in range(4)) for m in (toy_model(kind, **rest), model))
     assert math.isfinite(last) and last < first
     with torch.no_grad():
         for inference in ("forward_free", "one_step", "chain"):
@@ -408,8 +416,8 @@ def test_sixty_steps_equal_forty_then_twenty():
 @pytest.mark.parametrize("changes", [{}, {"soft_target": "positive_only"}, {"noise": "dense"}, {"model": "lightgcn"}], ids=str)
 def test_shards_average_to_the_whole_batch(changes, monkeypatch):
     """Two processes, each with its half of the users and of the noise, agree with one."""
-    kind = changes.get("model", "ld4mrec")
-    model = toy_model(kind, dropout=0.2, dropout_in=0.3, **{k: v for k, v in changes.items() if k != "model"}).train()
+    rest = dict(changes)
+    model = toy_model(rest.pop("model", "ld4mrec"), dropout=0.2, dropout_in=0.3, **rest).train()
     whole = gradients(model, loss_of(model, USERS))
     monkeypatch.setattr(parallel, "world", lambda: 2)
     monkeypatch.setattr(parallel, "average_", lambda tensors: [x.div_(2) for x in tensors])
@@ -480,7 +488,8 @@ def test_a_run_leaves_pictures_and_rankings(tmp_path):
 
 def write_run(folder, **changes):
     task = small_task(**changes)
-    save_checkpoint(folder / "best.pt", {"name": "ld4mrec", "config": dataclasses.asdict(task.cfg), "state": {"model": task.model.state_dict()}})
+    save_checkpoint(folder / "best.pt", {"name": "ld4mrec", "config": dataclasses.asdict(task.cfg),
+                                         "state": {"model": task.model.state_dict()}})
     return task, str(folder / "best.pt")
 
 
@@ -514,7 +523,8 @@ def test_recommend_says_what_is_wrong(tmp_path):
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"inference": "quick"}, "--inference=quick is unknown; choose forward_free"), ({"model": "mf"}, "--model=mf is unknown"),
     ({"T": 0}, "--T=0 is out of range"), ({"gamma": 0.6}, "--gamma=0.6"), ({"corrupt": 11}, "--corrupt=11"),
-    ({"acts_on": "state"}, "pass --noise=dense"), ({"objective": "ce", "inference": "chain"}, "pass --objective=mse"), ({"low": 0.5}, "0 < low <= high"), ({"modalities": ("smell",)}, "no modality 'smell'"),
+    ({"acts_on": "state"}, "pass --noise=dense"), ({"objective": "ce", "inference": "chain"}, "pass --objective=mse"),
+    ({"low": 0.5}, "0 < low <= high"), ({"modalities": ("smell",)}, "no modality 'smell'"),
     ({"modalities": ("none",)}, "pass --guide_modality=false")])
 def test_an_impossible_configuration_is_answered_with_a_sentence(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -530,7 +540,7 @@ def test_items_without_features_are_named_at_the_door(tmp_path):
     np.save(tmp_path / "image_feat.npy", features)
     with pytest.raises(ValueError, match="row 3 is all zeros"):
         small_task(data="gap", root=str(tmp_path))
-    task = small_task(data="gap", root=str(tmp_path), repair=True, batch=3)    # 3 users, 5 items, d = 16: everything is rank-deficient
+    task = small_task(data="gap", root=str(tmp_path), repair=True, batch=3)    # 3 users, 5 items, d = 16: no full rank
     assert math.isfinite(run(task, 0, 3)["loss"]) and 0 <= task.evaluate("test")["Recall@20"] <= 1
 
 

@@ -329,9 +329,10 @@ def test_real_clips_go_from_frames_to_a_training_step(cache, shared):
 
 
 @pytest.mark.parametrize("name, kind, questions", [
-    ("msvd", "frameqa", 6415), *(pytest.param("tgif", *x, marks=pytest.mark.slow) for x in (("frameqa", 13691), ("count", 3554)))])
+    ("msvd", "frameqa", 6415), pytest.param("tgif", "frameqa", 13691, marks=pytest.mark.slow),
+    pytest.param("tgif", "count", 3554, marks=pytest.mark.slow)])
 def test_real_question_files_train_on_feature_files(shared, tmp_path, name, kind, questions):
-    """Real text, vocabularies and ids to a step; nobody may hand out the videos, so that the features are noise of HCRN's layout."""
+    """Real text, vocabularies and ids to a step; nobody may hand out the videos, so the features are noise of HCRN's layout."""
     root = tmp_path / "set"
     root.mkdir()
     for file in (shared / f"{name}_qa").iterdir():
