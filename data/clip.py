@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data.safe import DAMAGED
+from data.safe import DAMAGED, damage, reason
 from data.text import WordTokenizer
 from data.towers import ImageTower, TextTower
 from data.weights import load_checked, read_safetensors, read_state, sha256
@@ -125,12 +125,10 @@ def load(path, heads=(None, None), trust=False):
         if not found:
             raise FileNotFoundError(f"{path} holds neither {' nor '.join(names)}: not a Hugging Face folder of CLIP")
         path = found[0]
-    if path.is_file() and is_torchscript(path):
-        state, metadata = read_torchscript(path, trust), {}
-    else:
-        state, metadata = read_state(path)
+    state, metadata = (read_torchscript(path, trust), {}) if is_torchscript(path) else read_state(path)
     if "image_heads" in metadata:
-        heads = int(metadata["image_heads"]), int(metadata["text_heads"])
+        with damage(path, "does not say how many heads its towers have"):
+            heads = int(metadata["image_heads"]), int(metadata["text_heads"])
     model = from_official(state, heads, path)
     model.sha256 = sha256(path)
     return model
@@ -143,14 +141,14 @@ def from_official(state, heads=(None, None), where="the state dict"):
     if any(".encoder.layers." in f".{name}" for name in state):
         state = from_hugging_face(state, where)
     image = {name.removeprefix("visual."): t for name, t in state.items() if name.startswith("visual.")}
+    text = {name: t for name, t in state.items() if not name.startswith("visual.")}
     try:
         with torch.device("meta"):                                          # sizes only: the weights follow
-            text = text_tower({n: t for n, t in state.items() if not n.startswith("visual.")}, heads[1])
-            model = CLIP(image_tower(image, heads[0]), text) if image else text
+            model = text_tower(text, heads[1])
+            model = CLIP(image_tower(image, heads[0]), model) if image else model
     except (KeyError, AttributeError, IndexError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{where} is not a CLIP with a vision transformer: {error} is missing or has another shape; "
                          f"its first names are {', '.join(sorted(state)[:4])}") from error
-
     if image:                                                               # a lone text tower has no prefix
         state = {n if n.startswith("visual.") or n == "logit_scale" else f"text.{n}": t for n, t in state.items()}
     return freeze(load_checked(model.to_empty(device="cpu"), state, where))
@@ -217,8 +215,7 @@ def from_hugging_face(state, where):
             renamed[new] = tensor
     for name, three in parts.items():
         if sorted(three) != ["k", "q", "v"]:
-            raise ValueError(f"{where} is incomplete: {name} needs q_proj, k_proj and v_proj, "
-                             f"found {', '.join(sorted(three))}")
+            raise ValueError(f"{where} is incomplete: {name} needs q_proj, k_proj and v_proj, found {', '.join(sorted(three))}")
         renamed[name] = torch.cat([three[part] for part in "qkv"])
     return renamed
 
@@ -245,4 +242,4 @@ def read_torchscript(path, trust=False):
     try:
         return torch.jit.load(str(path), map_location="cpu").state_dict()
     except RuntimeError as error:
-        raise ValueError(f"{path} is a damaged TorchScript archive ({str(error).splitlines()[0][:120]})") from error
+        raise ValueError(f"{path} is a damaged TorchScript archive ({reason(error)})") from error

@@ -47,8 +47,8 @@ class Frames:
 def clip_rows(total, clips, frames):
     """Which frames make the clips.   -> (S, F) int64
 
-    HCRN: centres c = linspace(0, total, S + 2)[1:-1] in whole numbers, frames c - F/2 .. c + F/2 - 1; before
-    the first and after the last frame that frame is repeated.
+    HCRN: centres c = linspace(0, total, S + 2)[1:-1] in whole numbers, frames c - F/2 .. c + F/2 - 1; before the first and
+    after the last frame that frame is repeated.
     """
     centres = np.linspace(0, total, clips + 2, dtype=int)[1:-1]
     return np.clip(centres[:, None] - frames // 2 + np.arange(frames), 0, total - 1)
@@ -169,8 +169,7 @@ class Features:
     def take(self, numbers):
         """(B, S, F, D), (B, S, D) float32 of the videos with these numbers."""
         if lost := [int(n) for n in numbers if int(n) not in self.row]:
-            raise ValueError(f"{self.where} has no features of video {lost[0]} ({len(lost)} of {len(numbers)} "
-                             "are absent)")
+            raise ValueError(f"{self.where} has no features of video {lost[0]} ({len(lost)} of {len(numbers)} are absent)")
         rows = [self.row[int(n)] for n in numbers]
         return tuple(torch.from_numpy(x[rows].astype(np.float32)) for x in (self.appearance, self.motion))
 
@@ -189,14 +188,12 @@ def load_features(appearance, motion=None):
         other, move = read_hdf5(motion, "resnext_features")
         row = {int(number): n for n, number in enumerate(other)}
         if set(row) != {int(number) for number in ids}:
-            raise ValueError(f"{appearance} and {motion} are not about the same videos: {len(ids)} and "
-                             f"{len(other)} ids")
+            raise ValueError(f"{appearance} and {motion} are not about the same videos: {len(ids)} and {len(other)} ids")
         move = move[[row[int(number)] for number in ids]]
-    kinds = ids.dtype.kind + look.dtype.kind + move.dtype.kind
-    if look.ndim != 4 or move.ndim != 3 or look.shape[:2] != move.shape[:2] or ids.shape != look.shape[:1] or (
-            kinds not in ("iff", "uff")):
-        raise ValueError(f"{appearance}: features are {look.shape} and {move.shape} for {ids.size} ids; "
-                         "expected floats (V, clips, frames, D), (V, clips, D) and V whole numbers")
+    fits = (look.ndim, move.ndim) == (4, 3) and look.shape[:2] == move.shape[:2] and ids.shape == look.shape[:1]
+    if not fits or ids.dtype.kind + look.dtype.kind + move.dtype.kind not in ("iff", "uff"):
+        raise ValueError(f"{appearance}: features are {look.shape} and {move.shape} for {ids.size} ids; expected floats "
+                         "(V, clips, frames, D), (V, clips, D) and V whole numbers")
     return Features(ids, look.astype(np.float16, copy=False), move.astype(np.float16, copy=False), appearance)
 
 

@@ -159,8 +159,8 @@ def transfer(url, part, start, size, timeout):
         raise ValueError(f"{url} cannot be reached ({reason(getattr(error, 'reason', error))}); the same command tries "
                          "again") from error
     except OSError as error:              # disk full, quota, no such folder
-        raise ValueError(f"{part} cannot be written ({error.strerror}); make room and the same command goes on, or "
-                         "choose another --root") from error
+        raise ValueError(f"{part} cannot be written ({error.strerror}); make room and the same command goes on, or choose "
+                         "another --root") from error
     return got
 
 
@@ -178,29 +178,26 @@ def check(name, root):
     """Open every part of a data set with its loader.   -> lines of counts; a part that is absent says so"""
     root, lines = Path(root), []
 
-    def tell(what, count):
+    def tell(what, count, load, *where, **options):
         try:
-            lines.append(f"{what}: {count()}")
+            lines.append(f"{what}: {count(load(*where, **options))}")
         except FileNotFoundError as error:
             lines.append(f"{what}: absent ({error})")
 
     for split in ("train", "valid", "test"):
         whole = {"holdout": 0.0} if split != "valid" else {}
         if name in captions.NAMES:
-            tell(f"{split} pictures", lambda s=split, w=whole: pictures(captions.load(name, root, s, **w)))
+            tell(f"{split} pictures", pictures, captions.load, name, root, split, **whole)
         if name in stories.NAMES and not (name == "pororo" and not (root / "img_cache4.npy").is_file()):
-            tell(f"{split} stories", lambda s=split, w=whole: pictures(stories.load(name, root, s, **w)))
+            tell(f"{split} stories", pictures, stories.load, name, root, split, **whole)
         for kind in videos.KINDS if name == "tgif" else [""] if name in videos.NAMES else []:
-            tell(f"{split} {kind} questions".replace("  ", " "),
-                 lambda s=split, w=whole, k=kind: asked(videos.load_questions(name, root, s, kind=k, **w)))
+            tell(f"{split} {kind} questions".replace("  ", " "), asked, videos.load_questions, name, root, split, kind, **whole)
     if name == "pororo":
-        told = root / "descriptions.csv"
-        tell("descriptions", lambda: f"{sum(map(len, stories.pororo_descriptions(told).values())):,}")
+        tell("descriptions", described, stories.pororo_descriptions, root / "descriptions.csv")
     if name == "video_clips":
-        found = frames.open_frames(root / "frames.zip")
-        tell("frames", lambda: f"{sum(len(found[n]) for n in found.names):,} of {len(found.names)} clips")
+        tell("frames", filmed, frames.open_frames, root / "frames.zip")
     if name in ("tiktok", "baby", "sports", "clothing"):
-        tell("interactions", lambda: bought(interactions.load(name, str(root))))
+        tell("interactions", bought, interactions.load, name, str(root))
     return lines
 
 
@@ -213,6 +210,14 @@ def pictures(data):
 def asked(questions):
     return (f"{len(questions):,} about {len({q.video for q in questions}):,} videos, "
             f"{len({q.answer for q in questions}):,} answers")
+
+
+def described(table):
+    return f"{sum(map(len, table.values())):,}"
+
+
+def filmed(videos):
+    return f"{sum(len(videos[name]) for name in videos.names):,} of {len(videos.names)} clips"
 
 
 def bought(data):

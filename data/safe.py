@@ -1,8 +1,8 @@
 """Files of other people, read without trusting them: text, JSON lines, arrays, pictures, pickles.
 
-Each reader either returns what was asked for or raises one sentence that names the file and what to do. A
-pickle is a program: it may only call the stand-ins of this file, which rebuild plain numbers and arrays from
-bytes, so neither numpy's nor scipy's code is run by it and scipy need not be installed.
+Each reader either returns what was asked for or raises one sentence that names the file and what to do. A pickle is a program:
+it may only call the stand-ins of this file, which rebuild plain numbers and arrays from bytes, so neither numpy's nor scipy's
+code is run by it and scipy need not be installed.
 """
 import codecs
 import csv
@@ -120,7 +120,7 @@ def read_jsonl(path, fields, hint=""):
 
 
 def check_row(row, fields, where):
-    """Raises ValueError unless `row` is a dict with each field of the wanted type."""
+    """raises ValueError unless `row` is a dict with each field of the wanted type"""
     if not isinstance(row, dict):
         raise ValueError(f"{where} is a {type(row).__name__}, expected an object with {', '.join(fields)}")
     for key, kind in fields.items():
@@ -173,7 +173,7 @@ def open_image(source, where=None, upright=False):
 
 
 def check_size(image, frames=1):
-    """Raises ValueError for what would fill the memory: more pixels than Pillow's limit in all, or a mere thread."""
+    """raises ValueError for what would fill the memory: more pixels than Pillow's limit in all, or a mere thread"""
     if image.width * image.height * frames > Image.MAX_IMAGE_PIXELS or max(image.size) > LONGEST * min(image.size):
         raise ValueError(f"it is too large: {frames} x {image.width} x {image.height} pixels")
 
@@ -288,14 +288,13 @@ def plain(value):
     def visit(x):
         if id(x) in done:
             return done[id(x)][1]
+        y = x
         if isinstance(x, Dtype):
             y = x.value
         elif isinstance(x, Array | Sparse):
             y = x.build(visit)
         elif isinstance(x, tuple):
             y = tuple(visit(v) for v in x)
-        else:
-            y = x
         done[id(x)] = (x, y)                               # before its parts: a list may contain itself
         if isinstance(x, list):
             x[:] = [visit(v) if type(v) not in (int, str, float) else v for v in x]
@@ -348,7 +347,7 @@ def open_hdf5(path, hint=""):
     try:
         import h5py
     except ImportError as error:
-        raise ValueError(f"{path} is an HDF5 file and the package h5py is not installed: type  pip install h5py "
-                         ", or convert the file to .npz where it is") from error
+        raise ValueError(f"{path} is an HDF5 file and the package h5py is not installed: type  pip install h5py, or convert the "
+                         "file to .npz where it is") from error
     with damage(path, "is not an HDF5 file, or it is cut"):
         return h5py.File(path, "r")

@@ -70,7 +70,7 @@ class Transformer(nn.Module):
 
     def __init__(self, width, depth, heads):
         super().__init__()
-        if width % heads:
+        if heads < 1 or width % heads:
             raise ValueError(f"{heads} heads do not divide a width of {width}")
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
 
@@ -145,8 +145,7 @@ class ImageTower(nn.Module):
 def check_layers(name, layers, blocks):
     """raises ValueError for a block that is not there or is named twice"""
     if len(set(layers)) < len(layers) or any(not 0 <= i < len(blocks) for i in layers):
-        raise ValueError(f"{name}={tuple(layers)}: this tower has blocks 0 to {len(blocks) - 1}, "
-                         "each may be named once")
+        raise ValueError(f"{name}={tuple(layers)}: this tower has blocks 0 to {len(blocks) - 1}, each may be named once")
 
 
 # -- text ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from data.draw import SHAPES, TEXTURES, hashed, render, uniform
 
 EDITS = ("recolour", "retexture", "reshape", "background", "add", "remove")
 CHANGES = {"recolour": "colour", "retexture": "texture", "reshape": "shape"}
+TOLD = 0.6                   # the chance that a title tells the shape, the colour, the texture of its product
 POSES = ("stands", "walks", "jumps")
 WHERE = ("left", "middle", "right")
 LOOKS = (("star", "red", "plain"), ("moon", "blue", "plain"), ("heart", "pink", "dotted"),     # Pip, Mo, Zuri
@@ -208,13 +209,12 @@ def stage(view, look, key):
 # -- shop ----------------------------------------------------------------------------------------------------
 
 
-def products(index, seed=0, split="train", told=0.6):
+def products(index, seed=0, split="train"):
     """What a shop sells. The picture shows the design among clutter; the title leaves attributes of it out.
 
-    told     the chance that a title tells shape, colour or texture; it always tells kind and material, which are never seen
-    returns  scene: slot 0 is the design, the other slots are clutter; titles: B strings;
-             attributes {shape, colour, texture, kind, material}: (B,) ids;  told {attribute: (B,) bool}: in title?
-    The mask of the product is render(scene)[1][:, 0].
+    -> scene: slot 0 is the design, the other slots are clutter; titles: B strings;
+       attributes {shape, colour, texture, kind, material}: (B,) ids;  told {attribute: (B,) bool}: in title?
+    A title always tells kind and material, which are never seen. The mask of the product is render(scene)[1][:, 0].
     """
     # Clutter: none, one or two small objects. No taste depends on them; they are what features may drift to.
     count = 1 + (uniform(world.keys(index, seed, split, view=3) ^ 1, 1)[:, 0] * 3).long()
@@ -226,7 +226,7 @@ def products(index, seed=0, split="train", told=0.6):
     seen = ("shape", "colour", "texture")
     attributes = {a: scene[a][:, 0] for a in seen}
     attributes |= {"kind": (u[:, 3] * len(world.KINDS)).long(), "material": (u[:, 4] * len(world.MATERIALS)).long()}
-    tells = {a: u[:, i] < told for i, a in enumerate(seen)}
+    tells = {a: u[:, i] < TOLD for i, a in enumerate(seen)}
     tells |= {a: torch.ones_like(tells["shape"]) for a in ("kind", "material")}
     rows = zip(world.facts(scene), attributes["kind"].tolist(), attributes["material"].tolist(), strict=True)
     titles = []

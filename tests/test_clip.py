@@ -346,6 +346,10 @@ def test_bad_files_get_a_sentence(tmp_path):
         load(path)
     with pytest.raises(ValueError, match="3 heads do not divide"):
         load(path, heads=(3, 2))
+    for about in ({"image_heads": "two", "text_heads": 2}, {"image_heads": 2}):
+        write_safetensors(path, good, about)
+        with pytest.raises(ValueError, match="does not say how many heads its towers have"):
+            load(path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="the file was cut"):
         load(path, heads=(2, 2))
