@@ -104,7 +104,8 @@ def from_plain(config, values):
     """
     unknown = values.keys() - fields(config).keys()
     if unknown:
-        raise ValueError(f"the checkpoint has options this code does not know: {', '.join(sorted(unknown))}")
+        raise ValueError(f"the checkpoint has options this code does not know: {', '.join(sorted(unknown))}; another version "
+                         "wrote it: train again")
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

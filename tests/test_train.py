@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import train
+from data import options
+from data.batches import train_quietly
 from data.options import parse
 from tests import toy
 
@@ -50,6 +52,12 @@ def test_a_run_leaves_everything_the_contract_names(capsys):
     assert result["metrics"]["error"] < 0.5 < result["chance"]["error"]
     out = capsys.readouterr().out
     assert "chance 1.0000" in out and "next:  python train.py toy --eval" in out
+
+
+def test_a_rival_is_trained_as_the_same_command_would():
+    result = run("--eval_every=7")
+    rival = train_quietly(lambda cfg: toy.Task(cfg, torch.device("cpu")), toy.Config(eval_every=7))
+    assert rival.evaluate("test")["error"].item() == result["metrics"]["error"] and result["best_step"] % 7 == 0
 
 
 def test_sixty_steps_equal_forty_then_twenty():
@@ -182,6 +190,23 @@ def test_help_shows_every_field_with_its_comment(capsys):
     train.main(["toy", "--help"])
     out = capsys.readouterr().out
     assert "--width=4" in out and "inputs" in out and "--amp=False" in out and "bfloat16 autocast" in out
+
+
+def test_a_verb_takes_words_first_and_answers_mistakes_with_a_sentence(capsys, monkeypatch):
+    assert options.words_first(["a b", "c", "--width=3"]) == (["a b", "c"], ["--width=3"])
+    assert options.options_of(["--width=3"], toy.Config, "python -m toy").width == 3
+    with pytest.raises(SystemExit):
+        options.options_of(["--width=3", "-h"], toy.Config, "python -m toy")
+    assert "python -m toy" in capsys.readouterr().out
+
+    def main(argv):
+        options.check_words(toy.Config(data="shop"), data=("builtin", "pack"))
+
+    monkeypatch.setattr(sys, "argv", ["toy"])
+    with pytest.raises(SystemExit, match="error: --data=shop is unknown; choose builtin, pack"):
+        options.run(main)
+    with pytest.raises(ValueError, match="--width=4 is out of range: choose 5 to 9"):
+        options.check_ranges(toy.Config(), width=(5, 9))
 
 
 def test_the_list_names_all_seven_models(capsys):

@@ -14,6 +14,8 @@ from data.weights import (
     DTYPES,
     load_checked,
     load_checkpoint,
+    load_parts,
+    open_run,
     read_safetensors,
     read_state,
     save_checkpoint,
@@ -167,6 +169,18 @@ class Bomb:
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
+
+
+def test_a_run_of_another_model_or_of_other_sizes_is_refused(tmp_path):
+    layer = nn.Linear(2, 3)
+    save_checkpoint(tmp_path / "a.pt", {"name": "toy", "config": {"width": 2}, "state": {"model": layer.state_dict()}})
+    config, state = open_run(tmp_path / "a.pt", "toy", "other")
+    load_parts({"model": layer, "adam": torch.optim.Adam(layer.parameters())}, state, "a.pt does not fit")
+    assert config == {"width": 2}
+    with pytest.raises(ValueError, match="a.pt does not fit: 'model': .*size mismatch"):
+        load_parts({"model": nn.Linear(4, 3)}, state, "a.pt does not fit")
+    with pytest.raises(ValueError, match="holds 'toy', not a run of galip or denet"):
+        open_run(tmp_path / "a.pt", "galip", "denet")
 
 
 @pytest.mark.parametrize("read", [read_state, load_checkpoint, clip.load])
