@@ -26,22 +26,22 @@ def generator(*numbers, device="cpu"):
 
 
 @functools.lru_cache(maxsize=4)
-def _permutation(n, seed, epoch):
+def permutation(n, seed, epoch):
     return torch.randperm(n, generator=generator(seed, epoch))
 
 
 def batch_rows(n, size, seed, t):
     """Rows of global batch t when n rows are shuffled anew each epoch.   -> (size,) int64
 
-    The epochs form one endless stream that is cut every `size` rows, so batches never shrink at an epoch's end and
-    every row is seen equally often. Raises ValueError for an empty data set.
+    The epochs form one endless stream that is cut every `size` rows, so batches never shrink at an epoch's end and every row
+    is seen equally often.   raises ValueError for an empty data set
     """
     if n < 1 or size < 1:
         raise ValueError(f"cannot draw batches of {size} from {n} rows: both must be at least 1")
     parts, start, stop = [], t * size, (t + 1) * size
     while start < stop:
         epoch, offset = divmod(start, n)
-        parts.append(_permutation(n, seed, epoch)[offset : offset + stop - start])
+        parts.append(permutation(n, seed, epoch)[offset : offset + stop - start])
         start += len(parts[-1])
     return torch.cat(parts)
 

@@ -129,7 +129,7 @@ def emoji(name, root, split, size, holdout):
     part = "test" if split == "test" else "train"
     data = captions.load(name, root, part, size, holdout=0)
     valid = set(set_aside(captions.concepts(data), holdout)) if part == "train" else set()
-    pairs, said, kinds = [], [], []
+    found = []
     file = root / f"{name}_{part}_edits.tsv"
     lines = safe.read_text(file, "source, target, kind, instruction").splitlines()
     for number, line in enumerate(lines[1:], 2):
@@ -137,17 +137,15 @@ def emoji(name, root, split, size, holdout):
             source, target, kind, instruction = line.split("\t")
             pair = int(source), int(target)
         except ValueError as error:
-            raise ValueError(f"{file}, line {number}: {line!r:.60} is not 'source target kind instruction' "
-                             "with tabs between and two row numbers") from error
+            raise ValueError(f"{file}, line {number}: {line!r:.60} is not 'source target kind instruction' with tabs between and "
+                             "two row numbers") from error
         if not 0 <= min(pair) <= max(pair) < len(data):
             raise ValueError(f"{file}, line {number}: rows {pair} are not among the {len(data)} pictures")
         if (pair[0] in valid) == (pair[1] in valid) == (split == "valid"):
-            pairs.append(pair)
-            said.append(instruction)
-            kinds.append(kind)
-
-    if not pairs:
+            found.append((pair, instruction, kind))
+    if not found:
         raise ValueError(f"{file} holds no edit of the {split} part")
+    pairs, said, kinds = zip(*found, strict=True)
 
     def end(side):
         return lambda rows: data.images([pairs[int(row)][side] for row in rows])

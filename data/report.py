@@ -81,14 +81,14 @@ def profile(task, seed, rows):
     print(profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=40))
 
 
-def _shape(value):
+def shape_of(value):
     """Shape of the first tensor among a module's inputs or outputs."""
     values = value if isinstance(value, tuple | list) else [value]
     first = next((v for v in values if torch.is_tensor(v)), None)
     return "-" if first is None else "x".join(map(str, first.shape)) or "scalar"
 
 
-def _section(parent, part, attribute):
+def section_of(parent, part, attribute):
     """Section or equation named where `self.attribute` is set, or in the module's own docstring."""
     ours = type(parent).__module__.split(".")[0] != "torch"
     line = re.search(rf"self\.{re.escape(attribute)}\b[^\n]*#([^\n]*)", inspect.getsource(type(parent))) if ours else None
@@ -108,9 +108,9 @@ def summary(task, seed):
             outer, _, attribute = path.rpartition(".")
             rows[f"{key}.{path}".rstrip(".")] = row = [
                 type(part).__name__, "-", "-", sum(p.numel() for p in part.parameters()),
-                _section(modules[outer], part, attribute) if path else _section(task, part, key)]
+                section_of(modules[outer], part, attribute) if path else section_of(task, part, key)]
             hooks.append(part.register_forward_hook(
-                lambda _, x, y, row=row: row.__setitem__(slice(1, 3), [_shape(x), _shape(y)])))
+                lambda _, x, y, row=row: row.__setitem__(slice(1, 3), [shape_of(x), shape_of(y)])))
     task.update(next(iter(task.batches(seed, 0, 1))), 0)
     for hook in hooks:
         hook.remove()

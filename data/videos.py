@@ -11,7 +11,6 @@ NAMES says which question files are read; `python -m data.prepare NAME` says whe
 import csv
 import functools
 import re
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import quiz, safe
-from data.parts import FILMS, check_name, set_aside
+from data.parts import FILMS, check_name, part_of, set_aside
 
 NAMES = ("builtin", "msvd", "msrvtt", "tgif", "svqa", "activitynet", "codraw", "pororo", "video_clips")
 KINDS = ("action", "transition", "count", "frameqa")                       # of TGIF-QA
@@ -90,11 +89,6 @@ def builtin(split, seed):
 
 def first_of(*files):
     return next((file for file in files if file.is_file()), files[0])
-
-
-def part_of(video):
-    """80 / 10 / 10 by a hash of the video's name: no video is in two parts."""
-    return (("train",) * 8 + ("valid", "test"))[zlib.crc32(video.encode()) % 10]
 
 
 def msvd(file, name="msvd"):
