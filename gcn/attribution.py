@@ -22,8 +22,8 @@ from data.pictures import bars
 from data.text import words_of
 from data.views import products
 from gcn.befa import content_vector
+from gcn.mgcn import mean_of_hops
 from kernels.attribution import cosine_map, grad_cam, show
-from kernels.graph import mix_hops
 
 ENCODERS = ("stored", "histogram", "random")
 COLUMNS = "picture | host without BeFA | with BeFA | nearest items by the encoder | by the adapted feature"    # of a panel
@@ -87,8 +87,7 @@ def behaviour_of(model, items, kind="id"):
         return model.item.weight[items]
     if kind != "graph" or model.user.weight.shape[1] != model.item.weight.shape[1]:
         raise ValueError(f"--behaviour={kind}: choose id, or graph (not for vbpr, which walks no graph)")
-    layers = model.cfg.ui_layers + 1
-    nodes = mix_hops(model.ui, torch.cat([model.user.weight, model.item.weight]), [1 / layers] * layers)
+    nodes = mean_of_hops(model.ui, torch.cat([model.user.weight, model.item.weight]), model.cfg.ui_layers)
     return nodes[model.users + items]
 
 

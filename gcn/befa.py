@@ -21,8 +21,7 @@ from torch import nn
 
 from data.safe import read_arrays
 from data.weights import load_checked, read_state
-from gcn.mgcn import LETTERS, MGCN, linear, official_tables, renamed, size, user_item_graph
-from kernels.graph import mix_hops
+from gcn.mgcn import LETTERS, MGCN, linear, mean_of_hops, official_tables, renamed, size, user_item_graph
 
 ADAPTERS = ("befa", "compact", "linear", "none", "host")
 JOINS = ("product", "sum", "content")
@@ -142,8 +141,7 @@ class PlainHost(nn.Module):
         if self.cfg.host == "vbpr":
             return self.user.weight, torch.cat([self.item.weight, *content], 1)
         nodes = torch.cat([self.user.weight, self.item.weight + sum(content) / len(content)])
-        layers = self.cfg.ui_layers + 1
-        return mix_hops(self.ui, nodes, [1 / layers] * layers).split([self.users, self.items])
+        return mean_of_hops(self.ui, nodes, self.cfg.ui_layers).split([self.users, self.items])
 
 
 HOSTS = {"mgcn": GraphHost, "lattice": GraphHost, "vbpr": PlainHost, "lightgcn": PlainHost}

@@ -106,8 +106,7 @@ class MGCN(nn.Module):
     def user_item_view(self):
         """Mean of layers 0..L of parameter-free propagation (LightGCN), Eq. 3-5.   -> C (N, D)"""
         nodes = torch.cat([self.user.weight, self.item.weight])                 # (N, D)    H_0
-        layers = self.cfg.ui_layers + 1
-        return mix_hops(self.ui, nodes, [1 / layers] * layers)
+        return mean_of_hops(self.ui, nodes, self.cfg.ui_layers)
 
     def item_item_view(self, m, purified, hops=None):
         """Propagate purified content among look-alikes, no activation, Eq. 8-9.   (I, D) -> (I, D); hops: L_ii"""
@@ -141,6 +140,11 @@ class MGCN(nn.Module):
             specific = sum(g * (x - shared) for g, x in zip(gates, content, strict=True))
         a, b = fusion_scales(self.cfg.fusion, len(content))
         return a * shared + b * specific
+
+
+def mean_of_hops(graph, nodes, hops):
+    """Mean of A^0 x .. A^L x, L = hops.   (N, D) -> (N, D)"""
+    return mix_hops(graph, nodes, [1 / (hops + 1)] * (hops + 1))
 
 
 def fusion_scales(fusion, modalities):
