@@ -14,15 +14,7 @@ from PIL import Image
 
 from data import quiz, safe
 from data.frames import clip_rows, load_features, open_frames, read_glove
-from data.videos import (
-    Question,
-    build_vocabulary,
-    encode,
-    load_questions,
-    question_words,
-    with_videos,
-    words,
-)
+from data.videos import Question, build_vocabulary, encode, load_questions, question_words, with_videos, words
 
 # -- real question files --------------------------------------------------------------------------------------------
 

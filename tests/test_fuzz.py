@@ -30,22 +30,9 @@ import torch
 from PIL import Image
 
 import train
-from data import (
-    archives,
-    captions,
-    clip,
-    edits,
-    frames,
-    interactions,
-    options,
-    prepare,
-    safe,
-    stories,
-    text,
-    videos,
-    weights,
-)
+from data import archives, captions, clip, edits, frames, interactions, options, prepare, safe, stories, text, videos, weights
 from tests import test_clip, test_data_captions, test_data_interactions, test_data_stories, test_data_videos
+from tests.test_data_interactions import TEST, TRAIN, VALID
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")     # the error follows
 QUICK, ALL = 6, 52                # cases of a target: by default, with --slow
@@ -110,7 +97,8 @@ def emoji(root):
         np.savez(root / f"noto_{part}.npz", images=np.arange(768, dtype=np.uint8).reshape(4, 8, 8, 3))
         lines(root / f"noto_{part}.jsonl", *(json.dumps({
             "index": n, "captions": [f"face {n}", "a face"], "base_label": f"face {n // 2}", "code": f"U{n}"}) for n in range(4)))
-        lines(root / f"noto_{part}_edits.tsv", "source\ttarget\tkind\tinstruction", "0\t1\ttone\tmake it dark", "3\t2\tgender\ta man")
+        lines(root / f"noto_{part}_edits.tsv", "source\ttarget\tkind\tinstruction", "0\t1\ttone\tmake it dark",
+              "3\t2\tgender\ta man")
 
 
 def codraw(root):
@@ -146,7 +134,8 @@ def msvd(root):
 
 def tgif(root):
     head = ["gif_name", "question", "a1", "a2", "a3", "a4", "a5", "answer", "vid_id", "key"]
-    lines(root / "Train_action_question.csv", "\t".join(head), *(f"g{n}\twhat is it ?\ta\tb\tc\td\te\t{n}\tA1\t5" for n in range(4)))
+    lines(root / "Train_action_question.csv", "\t".join(head),
+          *(f"g{n}\twhat is it ?\ta\tb\tc\td\te\t{n}\tA1\t5" for n in range(4)))
     for kind, answer in (("count", 3), ("transition", 1), ("frameqa", "dog")):
         middle = head[2:7] if kind == "transition" else ["type"]
         lines(root / f"Train_{kind}_question.csv", "\t".join([*head[:2], *middle, *head[7:]]),
@@ -197,7 +186,8 @@ def watch(name):
 
 
 def features(root):
-    np.savez(root / "x.npz", ids=np.array([7, 3]), appearance=np.zeros((2, 2, 4, 5), np.float32), motion=np.ones((2, 2, 5), np.float32))
+    np.savez(root / "x.npz", ids=np.array([7, 3]), appearance=np.zeros((2, 2, 4, 5), np.float32),
+             motion=np.ones((2, 2, 5), np.float32))
     lines(root / "glove.txt", "cat 0.1 0.2 0.3", "dog 1 2 3")
 
 
@@ -207,7 +197,7 @@ def read_features(root):
 
 
 def mmssl(root):
-    for name, part in (("train", test_data_interactions.TRAIN), ("val", test_data_interactions.VALID), ("test", test_data_interactions.TEST)):
+    for name, part in (("train", TRAIN), ("val", VALID), ("test", TEST)):
         (root / f"{name}.json").write_text(json.dumps({str(u): [i for v, i in part if v == u] for u in range(3)}))
     test_data_interactions.features(root)
 
@@ -222,14 +212,12 @@ def table(root):
 
 
 def pack(root):
-    sets = zip(("train", "val", "test"), (test_data_interactions.TRAIN, test_data_interactions.VALID, test_data_interactions.TEST), strict=True)
-    np.savez(root / "toy.npz", n_users=3, n_items=4, **{name: np.array(part) for name, part in sets})
+    np.savez(root / "toy.npz", n_users=3, n_items=4, train=np.array(TRAIN), val=np.array(VALID), test=np.array(TEST))
 
 
 def diffmm(root):
     with pytest.MonkeyPatch.context() as patch:
-        for name, kind in (("trn", "coo"), ("val", "csr"), ("tst", "coo")):
-            part = {"trn": test_data_interactions.TRAIN, "val": test_data_interactions.VALID, "tst": test_data_interactions.TEST}[name]
+        for name, kind, part in (("trn", "coo", TRAIN), ("val", "csr", VALID), ("tst", "coo", TEST)):
             raw = test_data_interactions.pickled(part, kind, f"scipy.sparse._{kind}", 2, monkeypatch=patch)
             (root / f"{name}Mat.pkl").write_bytes(raw)
 
@@ -314,8 +302,9 @@ def npz_pack(root):
 
 TARGETS = {
     "birds": (test_data_captions.attngan, picture_set("birds")), "birds, pickled lists": (pickled_birds, picture_set("birds")),
-    "coco": (coco, picture_set("coco")), "folder": (folder, picture_set("folder")), "npz": (npz_pack, picture_set("npz", "x.npz")),
-    "cifar10": (cifar, picture_set("cifar10")), "emoji edits": (emoji, picture_set("noto", load=edits.load)),
+    "coco": (coco, picture_set("coco")), "folder": (folder, picture_set("folder")),
+    "npz": (npz_pack, picture_set("npz", "x.npz")), "cifar10": (cifar, picture_set("cifar10")),
+    "emoji edits": (emoji, picture_set("noto", load=edits.load)),
     "codraw": (codraw, picture_set("codraw", load=stories.load)), "clevr": (clevr, picture_set("clevr", load=stories.load)),
     "codraw edits": (codraw, picture_set("codraw", load=edits.load)),
     "pororo": (test_data_stories.pororo, picture_set("pororo", load=stories.load)),
@@ -323,9 +312,9 @@ TARGETS = {
     "msvd": (msvd, ask("msvd")), **{f"tgif {kind}": (tgif, ask("tgif", kind=kind)) for kind in videos.KINDS},
     "svqa": (lambda root: test_data_videos.svqa(root) and None, ask("svqa")), "activitynet": (activitynet, ask("activitynet")),
     **{f"{name} questions": (other_questions, ask(name)) for name in ("pororo", "video_clips", "codraw")},
-    **{f"frames {name}": (films, watch(name)) for name in ("all", "f.zip", "n.npz", "m.npz")}, "features": (features, read_features),
+    **{f"frames {name}": (films, watch(name)) for name in ("all", "f.zip", "n.npz", "m.npz")},
+    "features": (features, read_features), "vocabulary": (vocabulary, read_vocabulary),
     **{f"shop {make.__name__}": (make, bought) for make in (inter, table, pack, mmssl, diffmm)},
-    "vocabulary": (vocabulary, read_vocabulary),
     **{f"weights {name}": (state, read_weights(name)) for name in ("a.safetensors", "b.pt", "c.pt", "old.pth")},
     "clip": (small_clip, lambda root: clip.load(root / "clip.pt", (2, 2))),
     "clip of hugging face": (small_clip, lambda root: clip.load(root / "hf", (2, 2))),
@@ -348,9 +337,11 @@ class Hostile:
 
 ODD = [None, True, -1, 0, 3, 2**31, 2**63, 10**400, 1.5, float("nan"), float("inf"), "", " ", "\0", "?", "a", "../../x", "/x",
        "na\u00efve \u2603 \U0001f600", "9" * 5000, "x" * 140_000, [], {}, [[]], [None], {"a": 1}, ["a"] * 5, [[0, 1]]]
-JUNK = [b"", b"\0" * 64, b"\xff\xfe\0\xd8", b"\x89PNG\r\n\x1a\n", b"PK\x03\x04", b"\x93NUMPY\x01\0", b"GIF89a", b"\x1f\x8b\x08", b"[" * 50_000,
-        b'{"a":' * 50_000, b"\x80\x04.", b"\x80\x04" + b"]" * 9000 + b"a" * 8999 + b".", b"\x80\x02]r\xff\xff\xff\x7f.",
-        b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.", b"[]", b"{}", b"null", b"7", b"NaN", b'"text"', b"\n\n\n", b"a,b\n", b"\xef\xbb\xbf"]
+JUNK = [b"", b"\0" * 64, b"\xff\xfe\0\xd8", b"\x89PNG\r\n\x1a\n", b"PK\x03\x04", b"\x93NUMPY\x01\0", b"GIF89a", b"\x1f\x8b\x08",
+        b"[" * 50_000, b'{"a":' * 50_000, b"\x80\x04.", b"\x80\x04" + b"]" * 9000 + b"a" * 8999 + b".",
+        b"\x80\x02]r\xff\xff\xff\x7f.",
+        b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.", b"[]", b"{}", b"null", b"7", b"NaN", b'"text"', b"\n\n\n", b"a,b\n",
+        b"\xef\xbb\xbf"]
 
 
 def spoil_bytes(rng, raw):
@@ -362,13 +353,15 @@ def spoil_bytes(rng, raw):
         for _ in range(rng.choice((1, 1, 3, 20)) if raw else 0):
             out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
         return bytes(out)
-    return [raw[:a], raw[:b] + raw[a:], raw[:a] + raw[b:], raw[:a] + b"\0" * (b - a) + raw[b:], raw[:a] + rng.randbytes(b - a) + raw[b:],
-            rng.choice(JUNK), raw[:a] + rng.choice(JUNK) + raw[b:], raw.replace(b"\n", b"\r\n")][what - 1]
+    return [raw[:a], raw[:b] + raw[a:], raw[:a] + raw[b:], raw[:a] + b"\0" * (b - a) + raw[b:],
+            raw[:a] + rng.randbytes(b - a) + raw[b:], rng.choice(JUNK), raw[:a] + rng.choice(JUNK) + raw[b:],
+            raw.replace(b"\n", b"\r\n")][what - 1]
 
 
 def spoil_tree(rng, value):
     """One node of a JSON value, at random, becomes something else; or its children are swapped, doubled, lost."""
-    children = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list | tuple) else []
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    children = list(pairs)
     if children and rng.random() < 0.75:
         key, child = rng.choice(children)
         if isinstance(value, tuple):
@@ -444,8 +437,8 @@ def spoil_arrays(rng, raw, canary):
     elif way < 0.4 and x.dtype != object:
         new = npy(x, shape=rng.choice([(10**12,), (2**40, 2**30), (-3,), (2**62, 4), (0, 0), (3, "x"), 7]))
     elif way < 0.55 and x.dtype == object and x.ndim == 0:
-        table = x.item()
-        new = npy(np.array(spoil_tree(rng, {k: list(v) if isinstance(v, np.ndarray) else v for k, v in table.items()}), dtype=object))
+        table = {k: list(v) if isinstance(v, np.ndarray) else v for k, v in x.item().items()}
+        new = npy(np.array(spoil_tree(rng, table), dtype=object))
     else:
         new = npy(spoil_array(rng, x))
     if isinstance(found, np.ndarray):
@@ -468,8 +461,9 @@ def spoil_pickle(rng, raw, canary):
     for _ in range(40):
         laughs = [laughs, laughs]
     loop.append(loop)
-    new = rng.choice([Hostile(canary), [Hostile(canary)], {"a": Hostile(canary)}, value, value, value, laughs, loop, range(9), b"x",
-                      np.array([Hostile(canary)], dtype=object), np.zeros((2, 2)), np.datetime64("2020"), {1: 2}])
+    evil = Hostile(canary)
+    new = rng.choice([evil, [evil], {"a": evil}, value, value, value, laughs, loop, range(9), b"x",
+                      np.array([evil], dtype=object), np.zeros((2, 2)), np.datetime64("2020"), {1: 2}])
     if new is value:
         new = spoil_tree(rng, value) if not (isinstance(value, dict) and "format" in value) else spoil_tree(rng, {
             k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in value.items()})
@@ -494,8 +488,8 @@ def spoil_zip(rng, raw):
         members = [(info.filename, old.read(info)) for info in old.infolist()]
         at, way = rng.randrange(len(members)), rng.randrange(4)
         if way == 0:
-            members[at] = (rng.choice(["../evil.png", "/evil.png", "C:/evil.png", "a/../../evil.png", "..\\evil.png", "", "a/", "\u2603.png"]),
-                           members[at][1])
+            names = ["../evil.png", "/evil.png", "C:/evil.png", "a/../../evil.png", "..\\evil.png", "", "a/", "\u2603.png"]
+            members[at] = (rng.choice(names), members[at][1])
         if way == 1:
             members[at] = (members[at][0], bytes(3 * 2**20))
         for name, content in members:
@@ -566,7 +560,8 @@ def spoil(rng, file, canary):
             if end == ".safetensors":
                 return file.write_bytes(spoil_safetensors(rng, raw))
             if end in (".pt", ".pth"):
-                return torch.save(rng.choice([Hostile(canary), {"weight": Hostile(canary)}, spoil_tree(rng, {"state": {"weight": 1}, "b": [1]})]), file)
+                evil, odd = Hostile(canary), spoil_tree(rng, {"state": {"weight": 1}, "b": [1]})
+                return torch.save(rng.choice([evil, {"weight": evil}, odd]), file)
     except (*safe.DAMAGED, TypeError, IndexError):
         pass                                     # spoilt before, or nonsense that cannot even be written: bytes will do
     file.write_bytes(spoil_bytes(rng, raw))
@@ -577,7 +572,8 @@ def spoil(rng, file, canary):
 
 def contents(root):
     """{path: what is there} of a folder."""
-    return {file.relative_to(root): hashlib.sha256(file.read_bytes()).digest() if file.is_file() else None for file in root.rglob("*")}
+    return {file.relative_to(root): hashlib.sha256(file.read_bytes()).digest() if file.is_file() else None
+            for file in root.rglob("*")}
 
 
 def peak():
@@ -691,8 +687,10 @@ def download(rng, tmp_path):
         answer = spoil_bytes(rng, answer[:90]) + answer[90:]
     elif way < 0.6:
         head, _, rest = answer.partition(b"\r\n")
-        more = ["Content-Length: -1", "Content-Length: x", "Transfer-Encoding: chunked", "Content-Range: bytes -5-x/9", "Location: file:///", "a" * 70_000]
-        answer = head.replace(b"200", rng.choice([b"200", b"302", b"404", b"999", b"0"])) + b"\r\n" + rng.choice(more).encode() + b"\r\n" + rest
+        more = ["Content-Length: -1", "Content-Length: x", "Transfer-Encoding: chunked", "Content-Range: bytes -5-x/9",
+                "Location: file:///", "a" * 70_000]
+        head = head.replace(b"200", rng.choice([b"200", b"302", b"404", b"999", b"0"]))
+        answer = b"\r\n".join([head, rng.choice(more).encode(), rest])
     elif way < 0.8:
         answer = spoil_bytes(rng, answer)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -734,9 +732,10 @@ def test_many_spoilt_downloads_never_get_the_final_name(tmp_path):
 
 # -- command lines ---------------------------------------------------------------------------------------------------
 
-WORDS = ["", "-", "--", "---", "=", "--=", "a", "--x", "--lr", "lr=1", "--steps=", "--no-fresh", "-h=1", "--\u2603=1", "\udcff", "--seed\0=1", "--" + "a" * 9000]
-VALUES = ["", "0", "-1", "1e999", "nan", "-inf", "1_000", "\u0663", "0x10", "9" * 5000, "1e-400", "true", "maybe", "None", "a,b", ",", "1,,2", "1,x",
-          "\u2603", "\udcff", "..", "a\0b", " 7 ", "{}", "builtin", "x" * 9000]
+WORDS = ["", "-", "--", "---", "=", "--=", "a", "--x", "--lr", "lr=1", "--steps=", "--no-fresh", "-h=1", "--\u2603=1", "\udcff",
+         "--seed\0=1", "--" + "a" * 9000]
+VALUES = ["", "0", "-1", "1e999", "nan", "-inf", "1_000", "\u0663", "0x10", "9" * 5000, "1e-400", "true", "maybe", "None",
+          "a,b", ",", "1,,2", "1,x", "\u2603", "\udcff", "..", "a\0b", " 7 ", "{}", "builtin", "x" * 9000]
 
 
 def command_line(rng, module):

@@ -10,17 +10,7 @@ from data import clip, pretrain, views, world
 from data import reader as readers
 from data.batches import generator
 from data.clip import standard
-from data.pretrain import (
-    Config,
-    Task,
-    claims,
-    contrastive,
-    lookalikes,
-    mixture,
-    recall_at_1,
-    soft_targets,
-    spoil,
-)
+from data.pretrain import Config, Task, claims, contrastive, lookalikes, mixture, recall_at_1, soft_targets, spoil
 from data.reader import NO_SHAPE, Reader, accuracy, agree
 from data.weights import sha256
 
@@ -298,10 +288,10 @@ def test_shipped_reader_calls_smears_no_shape():
 def test_shipped_reader_reaches_97_percent_on_the_test_split_and_on_every_view():
     """Only the texture of small things among three falls below, in combinations never trained on (0.937) and in clutter."""
     model = readers.reader()
-    for split, objects, texture in (("test", (1, 1), 0.97), ("test", (1, 3), 0.97), ("unseen", (1, 1), 0.97), ("unseen", (1, 3), 0.92)):
-        scene = world.scenes(range(80_000, 82_000), split=split, objects=objects)
+    for split, most, texture in (("test", 1, 0.97), ("test", 3, 0.97), ("unseen", 1, 0.97), ("unseen", 3, 0.92)):
+        scene = world.scenes(range(80_000, 82_000), split=split, objects=(1, most))
         right = accuracy(model(world.render(scene)[0]), scene)
-        assert right.pop("texture") >= texture and min(right.values()) >= 0.97, f"{split} {objects}: {right}"
+        assert right.pop("texture") >= texture and min(right.values()) >= 0.97, f"{split}, up to {most}: {right}"
     scene = views.stories(range(300), split="test")["scene"]
     right = accuracy(model(world.render(scene)[0]), scene)
     assert min(right[name] for name in ("found", "shape", "colour", "texture", "background")) >= 0.97, right

@@ -8,17 +8,7 @@ import unicodedata
 import pytest
 import torch
 
-from data.text import (
-    MERGES,
-    BytePairs,
-    Vocabulary,
-    WordTokenizer,
-    byte_symbols,
-    clean,
-    read_merges,
-    scan,
-    words_of,
-)
+from data.text import MERGES, BytePairs, Vocabulary, WordTokenizer, byte_symbols, clean, read_merges, scan, words_of
 
 GOLDEN = {  # from the reference implementation, without start and end
     "a photo of a cat": [320, 1125, 539, 320, 2368],
