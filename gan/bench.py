@@ -6,7 +6,6 @@
 Both run in one process on the same random weights and the same device; the best of `repeats` counts. "Official order"
 resizes before the first fusion block and the shortcut, convolves the enlarged map, and fuses by plain PyTorch.
 """
-import sys
 import time
 from dataclasses import dataclass
 from unittest import mock
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 import kernels
 from data.clip import CLIP, freeze
-from data.options import parse, show_help
+from data.options import options_of, run
 from data.towers import ImageTower, TextTower
 from gan import model
 from gan.task import Config, networks, paper
@@ -58,9 +57,7 @@ def milliseconds(generator, clip, batch, repeats, device):
 
 
 def main(argv):
-    if "--help" in argv:
-        return show_help("python -m gan.bench", Options)
-    options = Options(**parse(argv, Options, command="python -m gan.bench"))
+    options = options_of(argv, Options, "python -m gan.bench")
     device = torch.device(options.device)
     print(f"{options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32; "
           f"{'ms' if device.type == 'cuda' else 'CPU-ms'} a picture\n")
@@ -81,7 +78,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run(main)

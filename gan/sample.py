@@ -6,7 +6,6 @@
     python -m gan.sample "a herd of zebras" --ckpt pre_coco.pth --clip ViT-B-32.pt                       # the authors' weights
 """
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from data.clip import galip_compat, standard
-from data.options import from_plain, parse, show_help
+from data.options import from_plain, options_of, run, words_first
 from data.pictures import grid, panels, strip
-from data.weights import load_checkpoint
+from data.weights import load_checkpoint, load_parts, open_run
 from gan.model import generator_from_official
 from gan.task import Config, networks, paint
 from gan.words import Sentences
@@ -52,13 +51,11 @@ class Painter:
             self.words.clip.visual.load_state_dict({k: v.float() for k, v in tower.items()}, strict=False)
             self.prepare = galip_compat
         else:
-            if checkpoint.get("name") != "galip":
-                raise ValueError(f"{ckpt} holds '{checkpoint.get('name')}', not a GALIP; point --ckpt at a run of galip")
-            cfg = from_plain(Config, checkpoint["config"])
+            config, state = open_run(ckpt, "galip")
+            cfg = from_plain(Config, config)
             self.words = self.sentences(clip or cfg.clip, vocabulary or cfg.vocabulary, ckpt)
-            self.words.load_state_dict(checkpoint["state"]["words"])
             self.generator = networks(cfg, self.words.clip)[0]
-            self.generator.load_state_dict(checkpoint["state"]["average"])
+            load_parts({"words": self.words, "average": self.generator}, state, f"{ckpt} does not fit")
             self.prepare = galip_compat if cfg.compat else standard
         self.generator.eval().requires_grad_(False)
 
@@ -137,13 +134,8 @@ def film(painter, sentence, options):
 
 
 def main(argv):
-    sentences = []
-    while argv and not argv[0].startswith("--"):
-        sentences.append(argv[0])
-        argv = argv[1:]
-    if "--help" in argv or "-h" in sentences:
-        return show_help('python -m gan.sample "SENTENCE"', Options)
-    options = Options(**parse(argv, Options, command="python -m gan.sample"))
+    sentences, rest = words_first(argv)
+    options = options_of(rest, Options, 'python -m gan.sample "SENTENCE"')
     if not sentences:
         raise ValueError('what shall be drawn? Type  python -m gan.sample "a red star on a black background"')
     if options.n < 1:
@@ -159,10 +151,9 @@ def main(argv):
         if options.attribute:
             seen = torch.cat([painter.attribute(part, text, options.attribute)[1]
                               for part, text in zip(pictures.split(options.n), sentences, strict=True)])
-            pairs = [(a, b) for a, b in zip(pictures, seen, strict=True)]
-            panels(options.out, [[(p, "") for p in row] for start in range(0, len(pairs), 8)
-                                 for row in zip(*pairs[start : start + 8], strict=True)],
-                   title=f"where CLIP sees '{options.attribute}' in '{sentences[0]}'" if len(sentences) == 1 else None)
+            rows = [row for pair in zip(pictures.split(8), seen.split(8), strict=True) for row in pair]
+            panels(options.out, [[(picture, None) for picture in row] for row in rows],
+                   title=f"where CLIP sees '{options.attribute}': {'; '.join(sentences)}")
         elif len(sentences) == 1:
             columns = next((c for c in range(math.ceil(options.n**0.5), 9) if options.n % c == 0), 8)    # whole rows if possible
             grid(options.out, pictures, columns=columns, title=sentences[0])
@@ -174,7 +165,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run(main)

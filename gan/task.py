@@ -14,6 +14,7 @@ from data import captions, parallel, world
 from data.batches import batch_rows, generator, seed_from
 from data.clip import galip_compat, standard
 from data.metrics import frechet_distance, r_precision
+from data.options import check_ranges, check_words
 from data.pictures import grid
 from data.reader import accuracy, reader
 from gan.model import Critic, Generator, PlainCritic, clip_similarity, gradient_penalty, hinge_d
@@ -66,13 +67,10 @@ class Config:
     words_steps: int = 600           # steps of fitting the small CLIP to other data than the built-in world
 
     def __post_init__(self):
-        for name, known in (("critic", ("clip", "plain")), ("penalty_form", ("code", "paper"))):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"--{name}={value} is unknown; choose {' or '.join(known)}")
+        check_words(self, critic=("clip", "plain"), penalty_form=("code", "paper"))
+        check_ranges(self, objects=(1, 3))
         if self.batch < 2:
             raise ValueError(f"--batch={self.batch}: a mismatched pair needs another sentence, so at least 2 pictures")
-        if not 1 <= self.objects <= 3:
-            raise ValueError(f"--objects={self.objects} must be 1, 2 or 3")
         if self.objects > 1 and self.stray != 1:
             raise ValueError(f"--objects={self.objects} keep apart only where the world puts them: add --stray=1")
 

@@ -306,7 +306,7 @@ def test_a_checkpoint_that_is_no_galip_or_of_another_clip_is_refused(ckpt, tmp_p
         sample.main(["a red star", "--ckpt=missing.png"])
     other = load_checkpoint(ckpt)
     torch.save(other | {"name": "mvgcn"}, "other.pt")
-    with pytest.raises(ValueError, match="holds 'mvgcn', not a GALIP"):
+    with pytest.raises(ValueError, match="holds 'mvgcn', not a run of galip"):
         sample.main(["a red star", "--ckpt=other.pt"])
     other["state"]["words"] = {"sha256": "0" * 64}
     torch.save(other, "other.pt")
@@ -350,7 +350,7 @@ def test_the_authors_checkpoint_draws_with_the_same_command(tmp_path):
 
 @pytest.mark.parametrize("changes, sentence", [
     ({"batch": 1}, "at least 2 pictures"), ({"critic": "dcgan"}, "--critic=dcgan is unknown"),
-    ({"objects": 4}, "must be 1, 2 or 3"), ({"objects": 2}, "add --stray=1"),
+    ({"objects": 4}, "choose 1 to 3"), ({"objects": 2}, "add --stray=1"),
     ({"taps": (0, 9)}, r"--taps=\(0, 9\): this CLIP has blocks 0 to 3"), ({"prompt_layers": ()}, "name at least one"),
     ({"clip": "nowhere.pt"}, "nowhere.pt")])
 def test_a_bad_configuration_gets_one_sentence(changes, sentence):
