@@ -476,3 +476,18 @@ def test_pictures_and_masks_show_the_product(shop):
     assert images.shape == (3, 3, 64, 64) and masks.shape == (3, 1, 64, 64)
     assert torch.equal(images[1], shop.pictures([0])[0])
     assert images.abs().max() <= 1 and 0.03 < masks.mean() < 0.5
+
+
+# ---- what verbs and samples ask ----------------------------------------------------------------------------------------------
+
+
+def test_lists_are_told_in_titles_with_the_hits_marked():
+    one = torch.tensor([[0, 0]])
+    data = Interactions(2, 3, one, one + torch.tensor([0, 1]), one + torch.tensor([0, 2]), titles=["mug", "bag", "hat"])
+    lines = data.lists(torch.tensor([0]), torch.tensor([[2, -1]]), torch.tensor([[1.5, 0.0]]))     # -1: no item is left
+    assert lines == ["", "user 0 clicked: mug (#0)", "   1    1.500  hat (#2)   <- the held-out item"]
+    assert data.history(0).tolist() == [0] and data.chance()["Recall@5"] == 1
+    with pytest.raises(ValueError, match="there is no user 2: ids run from 0 to 1"):
+        data.history(2)
+    with pytest.raises(ValueError, match="user 1 has no training click, .* try --user 0"):
+        data.history(1)
