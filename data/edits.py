@@ -63,6 +63,7 @@ class Edits:
 
 def load(name="builtin", root="", split="test", size=64, seed=0, holdout=0.1, kinds=views.EDITS, pairs=0.5):
     """Open a data set by name, as in captions.load.   kinds, pairs: of the built-in world, see views.edits   -> Edits"""
+    name = captions.ALIASES.get(name, name)
     check_name(name, captions.NAMES, root, split, "edits")
     if name == "builtin":
         return builtin(split, size, seed, kinds, pairs)

@@ -223,7 +223,7 @@ class Array:
             for n, value in enumerate(self.raw):
                 flat[n] = visit(value)
         else:
-            raw = self.raw.encode("latin1") if isinstance(self.raw, str) else self.raw       # str: Python 2
+            raw = octets(self.raw)
             flat = np.frombuffer(raw, self.dtype) if len(raw) else np.empty(0, self.dtype)
         return readable(flat.reshape(self.shape, order=self.order))
 
@@ -248,9 +248,12 @@ def from_buffer(raw, dtype, shape, order):                 # how protocol 5 writ
     return array
 
 
+def octets(raw):                                           # Python 2 wrote the bytes of arrays as text
+    return raw.encode("latin1") if isinstance(raw, str) else raw
+
+
 def scalar(dtype, raw):
-    raw = raw.encode("latin1") if isinstance(raw, str) else raw
-    return np.frombuffer(raw, dtype.value)[0].item()
+    return np.frombuffer(octets(raw), dtype.value)[0].item()
 
 
 def latin1(text, codec="latin1"):                          # how protocol 2 writes bytes
@@ -309,8 +312,8 @@ def plain(value):
 def load_pickle(path, kind=object, hint=""):
     """A pickle of numbers, text, builtin containers, numpy arrays and scipy matrices; all else is refused.
 
-    path    a file, or bytes. A sparse matrix comes back as a dict: format, shape, data, and row, col (coo) or
-            indices, indptr (csr, csc). Strings of Python 2 are read as latin1, which keeps the bytes of arrays
+    path    a file, or bytes. A sparse matrix comes back as a dict: format, shape, data, and row, col (coo) or indices, indptr
+            (csr, csc). Strings of Python 2 are read as latin1, which keeps the bytes of arrays
     kind    the type that the outermost value must have
     raises  ValueError that names the file and the class it asked for
     A protocol-0 pickle that went through a Windows checkout (CR LF at every line's end) is repaired on the way.

@@ -358,8 +358,7 @@ def test_codraw_edits_go_from_frame_to_frame(shared):
 
 
 def test_birds_get_another_birds_sentence(shared):
-    pairs = load_edits("birds", shared / "birds", "test")
-    again = load_edits("birds", shared / "birds", "test")
+    pairs, again = (load_edits(name, shared / "birds", "test") for name in ("birds", "cub"))
     assert pairs.target is None and list(pairs.instructions) == list(again.instructions)
     own = sum(text in texts for text, texts in zip(pairs.instructions, pairs.captions, strict=True))
     assert own <= 4, "the instruction should come from another picture (a few sentences occur twice in the set)"
