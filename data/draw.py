@@ -21,7 +21,7 @@ BACKGROUNDS = {"white": "f7f4ec", "grey": "b3b6bd", "black": "292a34",         #
 
 OUTLINE = 0.036                       # width of the dark rim inside an object's edge: 1.2 pixels at 64
 SHADOW, DARKNESS = 0.13, 0.42         # reach of the soft shadow and its strength at the edge
-CHUNK = {"cpu": 2**17, "cuda": 2**22} # pixels painted at once: on a CPU planes of 0.5 MB stay in the cache
+CHUNK = {"cpu": 2**17, "cuda": 2**22}     # pixels painted at once: on a CPU planes of 0.5 MB stay in the cache
 REACH = 1.06                          # no shape leaves this circle (in radii)
 
 

@@ -22,9 +22,7 @@ from data import captions, safe, stories, views, world
 from data.batches import seed_from
 from data.draw import uniform
 from data.parts import BUILTIN, Lazy, check_name, set_aside
-
-RECOLOUR, RESHAPE, BACKGROUND = (views.EDITS.index(kind) for kind in ("recolour", "reshape", "background"))
-ADD = views.EDITS.index("add")        # the kinds from here on change how many things there are: add, remove
+from data.views import ADD, BACKGROUND, RECOLOUR, REMOVE, RESHAPE
 
 
 @dataclass
@@ -109,14 +107,14 @@ def claims(view, seed, more, split):
     what the edit leaves as it is, so they are true and false of the result too: each with a change that is never painted.
     """
     before, after, edit, edited = (view[name] for name in ("before", "after", "kind", "object"))
-    undone = torch.where(edit >= ADD, 2 * ADD + 1 - edit, edit)                       # what was added is to be removed
+    undone = torch.where(edit >= ADD, ADD + REMOVE - edit, edit)                      # what was added is to be removed
     pairs = [(views.wishes(after, before, undone, edited.clamp(min=0)), view["sentence"])]
     for k in range(more):
         u = uniform(before["key"] ^ seed_from(seed, k), 3)
         kind = (u[:, 0] * ADD).long()                                                 # any but add and remove
         which = (before["present"][:, 1] & (u[:, 1] < 0.5)).long()
         # The edited thing keeps its texture and, if that is what changed, its colour; its name is gone with its shape.
-        lost = (kind == edit) | (edit == RESHAPE) | (edit == ADD + 1) | (edit == RECOLOUR) & (kind == RESHAPE)
+        lost = (kind == edit) | (edit == RESHAPE) | (edit == REMOVE) | (edit == RECOLOUR) & (kind == RESHAPE)
         kind = torch.where((which == edited) & lost, BACKGROUND, kind)
         kind = torch.where((edit == BACKGROUND) & (kind == BACKGROUND), RECOLOUR, kind)
         other = {name: value.clone() for name, value in before.items()}

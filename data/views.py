@@ -12,6 +12,7 @@ from data import world
 from data.draw import SHAPES, TEXTURES, hashed, render, uniform
 
 EDITS = ("recolour", "retexture", "reshape", "background", "add", "remove")
+RECOLOUR, RETEXTURE, RESHAPE, BACKGROUND, ADD, REMOVE = range(len(EDITS))
 CHANGES = {"recolour": "colour", "retexture": "texture", "reshape": "shape"}
 TOLD = 0.6                   # the chance that a title tells the shape, the colour, the texture of its product
 POSES = ("stands", "walks", "jumps")
@@ -39,7 +40,7 @@ def edits(index, seed=0, split="train", kinds=EDITS, pairs=0.5):
             raise ValueError(f"there is no edit {name!r}; the built-in world has {', '.join(EDITS)}")
     u = uniform(world.keys(index, seed, split, view=1) ^ 1, 8)   # "^ 1": not the numbers the scene is made of
     kind = torch.tensor([EDITS.index(name) for name in kinds])[(u[:, 0] * len(kinds)).long()]
-    moved = kind >= EDITS.index("add")                                     # added or removed: always slot 1
+    moved = kind >= ADD                                     # added or removed: always slot 1
     two = moved | (u[:, 1] < pairs)
     # What is added or removed has its place in both layouts, so nothing else moves or changes size.
     before = world.scenes(index, seed, split, objects=(2, 2), count=1 + two.long(), view=1)
@@ -47,11 +48,10 @@ def edits(index, seed=0, split="train", kinds=EDITS, pairs=0.5):
     which = torch.where(moved, 1, (two & (u[:, 3] < 0.5)).long())
     after = {name: value.clone() for name, value in before.items()}
     change(before, after, kind, which, u[:, 4], split)
-    before["present"][:, 1] &= kind != EDITS.index("add")
-    after["present"][:, 1] &= kind != EDITS.index("remove")
+    before["present"][:, 1] &= kind != ADD
+    after["present"][:, 1] &= kind != REMOVE
     return {"before": before, "after": after, "kind": kind,
-            "object": torch.where(kind == EDITS.index("background"), -1, which),
-            "sentence": wishes(before, after, kind, which),
+            "object": torch.where(kind == BACKGROUND, -1, which), "sentence": wishes(before, after, kind, which),
             "caption_before": world.captions(before), "caption_after": world.captions(after)}
 
 
@@ -80,7 +80,7 @@ def change(before, after, kind, which, u, split):
         if name != "retexture":
             allowed = allowed & (ids != before[attribute][rows, 1 - which, None])
         after[attribute][rows[now], which[now]] = world.choose(u, allowed)[now]
-    now = kind == EDITS.index("background")
+    now = kind == BACKGROUND
     others = torch.arange(len(world.BACKGROUND)) != before["background"][:, None]
     after["background"][now] = world.choose(u, others)[now]
 
@@ -92,9 +92,9 @@ def wishes(before, after, kind, which):
     for (k, o, old, new), chance in zip(rows, world.chances(before["key"], 99), strict=True):
         if EDITS[k] in CHANGES:
             sentences.append(world.is_now(chance, new["objects"][o], CHANGES[EDITS[k]]))
-        elif EDITS[k] == "background":
+        elif k == BACKGROUND:
             sentences.append(f"the background is {world.alias(chance, new['background'])}")
-        elif EDITS[k] == "add":
+        elif k == ADD:
             thing = world.noun(chance, new["objects"][1], {"shape", "colour", "texture", "size"})
             sentences.append(f"there is {world.article(thing)}")
         else:
