@@ -7,6 +7,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
 def start(device):
@@ -52,6 +53,45 @@ def average_(tensors):
         dist.all_reduce(flat)
         for t, part in zip(group, flat.div_(world()).split([t.numel() for t in group]), strict=True):
             t.copy_(part.view_as(t))
+
+
+class _Total(torch.autograd.Function):
+    """Sum of a tensor over ranks; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
+
+
+class _Global:
+    """Batch norm whose statistics are those of the global batch: ranks add up their sums, and gradients flow through them."""
+
+    def forward(self, x):
+        if world() == 1 or not self.training:
+            return super().forward(x)
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        count = world() * x.numel() / x.shape[1]
+        mean = _Total.apply(x.sum(axes)) / count
+        shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+        var = _Total.apply((x - mean.view(shape)).square().sum(axes)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        x = (x - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+
+class BatchNorm1d(_Global, nn.BatchNorm1d):
+    pass
+
+
+class BatchNorm2d(_Global, nn.BatchNorm2d):
+    pass
 
 
 def broadcast(number):
