@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from data import parallel
 from kernels.pointwise import de_combine
 
 SLOPE = 0.2
@@ -58,7 +59,7 @@ class Down(nn.Module):
     def __init__(self, channels_in, channels_out, norm=True):
         super().__init__()
         self.conv = nn.Conv2d(channels_in, channels_out, 4, 2, 1, bias=False)
-        self.norm = nn.BatchNorm2d(channels_out) if norm else nn.Identity()
+        self.norm = parallel.BatchNorm2d(channels_out) if norm else nn.Identity()
 
     def forward(self, x):
         return F.leaky_relu(self.norm(self.conv(x)), SLOPE)
