@@ -239,9 +239,14 @@ class Task:
         return world.captions(scene), world.render(scene, self.clip.size)[0], scene
 
     def evaluate(self, split):
-        """What the reader reads in generated pictures, R-precision, Frechet distance, CLIP score."""
+        """What the reader reads in generated pictures, R-precision, Frechet distance, CLIP score; on test also variety.
+
+        variety   by how much a pixel of one sentence's pictures varies over six noises (standard deviation)
+        """
         texts, _, scene = self.asked(split, JUDGED[split])
         metrics = self.judge(self.paint(texts, seed=1), texts, scene, split)
+        if split == "test":
+            metrics["variety"] = float(torch.stack([self.paint(texts[:16], seed) for seed in range(6)]).std(0).mean())
         if self.builtin and split == "test":                                      # combinations never trained on
             texts, _, scene = self.asked("unseen", JUDGED["valid"])
             metrics |= {f"unseen {k}": v for k, v in self.read(self.paint(texts, seed=2), scene).items()
