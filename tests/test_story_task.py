@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import train
-from data import stories, views
+from data import stories, views, world
 from data.options import plain
 from data.reader import reader
 from data.text import MERGES
@@ -259,9 +259,10 @@ def test_complete_captions_name_everything_that_is_in_the_frame():
         for b, told in enumerate(stories.complete(view, way)):
             for f, text in enumerate(told):
                 who = [n for n in view["character"][b, f].tolist() if n >= 0]
-                place = views.PLACES[views.BACKGROUND[view["place"][b, f]]]
-                shapes = [stories.world.SHAPES[view["look"][b, n, 0]] for n in who]
-                assert place in text and all(views.NAMES[n].lower() in text.lower() or shape in text for n, shape in zip(who, shapes, strict=True))
+                place = world.PLACES[world.BACKGROUND[view["place"][b, f]]]
+                shapes = [world.SHAPES[view["look"][b, n, 0]] for n in who]
+                said = [world.NAMES[n].lower() in text.lower() or shape in text for n, shape in zip(who, shapes, strict=True)]
+                assert place in text and all(said)
                 assert not {"it", "they"} & set(text.lower().rstrip(".").split())
 
 
