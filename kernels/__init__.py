@@ -21,6 +21,8 @@ if TYPE_CHECKING:                # bound by `jit` at the first launch, in every 
     import triton.language as tl
 
 _choice = "auto"                 # one per process: training loops are single-threaded
+OLDEST = 7, 5                    # compute capability that Triton compiles for
+GRID = 65_535                    # programs along the second axis of a grid: a limit of every NVIDIA GPU
 
 
 class use:
@@ -75,6 +77,36 @@ def matrix_units(x):
     return "" if major >= 8 else f"products need compute capability 8.0, this GPU has {major}.{minor}"
 
 
+def sums(x):
+    """The type in which sums of x are kept: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def padded(n, least=16):
+    """The next power of two: tiles have no other size."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def whole(*tensors):
+    """True if all tensors hold whole numbers. A bool is a mask, and as an index it would silently mean 0 and 1."""
+    return not any(x.is_floating_point() or x.is_complex() or x.dtype == torch.bool for x in tensors)
+
+
+def fits(name, x, form, **others):
+    """Raise a ValueError unless x is floating point with axes `form` ("B, C, H, W") and every other tensor fits it.
+
+    others   label=(tensor, the shape it must have); dtype and device are x's
+    """
+    if x.ndim != form.count(",") + 1 or not x.is_floating_point():
+        raise ValueError(f"{name}: the first tensor must be floating point ({form}), got {x.dtype} {tuple(x.shape)}")
+    for label, (tensor, shape) in others.items():
+        if tensor.shape != torch.Size(shape):
+            raise ValueError(f"{name}: {label} is {tuple(tensor.shape)}, but the first tensor ({form}) = {tuple(x.shape)} asks "
+                             f"for {tuple(shape)}")
+        if (tensor.dtype, tensor.device) != (x.dtype, x.device):
+            raise ValueError(f"{name}: {label} is {tensor.dtype} on {tensor.device}, the first tensor {x.dtype} on {x.device}")
+
+
 def on(x):
     """Context in which Triton launches on x's device: it uses the current one, whatever its arguments say."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
@@ -88,9 +120,10 @@ def _why_not(x):
     if x.is_cuda:
         if interpreting():
             return "TRITON_INTERPRET=1 is set and the tensor is on a GPU"
-        if torch.version.hip and _choice == "auto":
-            return "kernels compile for AMD GPUs but nobody has tested them there"
-        return ""
+        if torch.version.hip:
+            return "kernels compile for AMD GPUs but nobody has tested them there" if _choice == "auto" else ""
+        major, minor = torch.cuda.get_device_capability(x.device)
+        return "" if (major, minor) >= OLDEST else f"Triton needs compute capability 7.5, this GPU has {major}.{minor}"
     if x.is_cpu:
         return "" if interpreting() else "a CPU tensor needs TRITON_INTERPRET=1 before Triton is first imported"
     return f"there is no kernel for device {x.device}"
@@ -143,4 +176,4 @@ def dot(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
 
-__all__ = ["backend", "dot", "interpreting", "jit", "matrix_units", "on", "use"]
+__all__ = ["GRID", "backend", "dot", "fits", "interpreting", "jit", "matrix_units", "on", "padded", "sums", "use", "whole"]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from kernels import backend, jit, on
+from kernels import GRID, backend, fits, jit, on, padded
 from kernels.attention import attention_map
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def grad_cam_reference(activation, gradient):
 
 def show_reference(heat, image, alpha=0.5, normalise="minmax"):
     """Normalise, upsample, colour, blend."""
-    upsampled = F.interpolate(scale_to_one(heat, normalise)[:, None], image.shape[2:], mode="bilinear")[:, 0]
+    upsampled = F.interpolate(scale_to_one(heat, normalise)[:, None], image.shape[2:], mode="bilinear")[:, 0].clamp(max=1)
     colours = torch.tensor(COLOURS, device=image.device)                                 # (5, 3)
     anchor = torch.arange(len(colours), device=image.device)[:, None, None]
     hats = (1 - (upsampled[:, None] * (len(colours) - 1) - anchor).abs()).clamp(min=0)   # (B, 5, H, W)
@@ -78,13 +78,13 @@ def scale_to_one(heat, how="minmax"):
 @jit
 def _cosine_kernel(z, target, out, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     b, p = tl.program_id(0), tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    z += b.to(tl.int64) * P * D
+    z, target = z + b.to(tl.int64) * P * D, target + b.to(tl.int64) * D
     product, own = tl.zeros((BLOCK_P,), tl.float32), tl.zeros((BLOCK_P,), tl.float32)
     length = tl.zeros((BLOCK_D,), tl.float32)
     start = 0
     while start < D:                                                 # `range` of an argument: not in 3.6's interpreter
         d = start + tl.arange(0, BLOCK_D)
-        t = tl.load(target + b * D + d, mask=d < D, other=0.0).to(tl.float32)
+        t = tl.load(target + d, mask=d < D, other=0.0).to(tl.float32)
         place = tl.load(z + p[:, None] * D + d[None, :], mask=(p < P)[:, None] & (d < D)[None, :], other=0.0)
         place = place.to(tl.float32)
         product += tl.sum(place * t[None, :], 1)
@@ -110,7 +110,7 @@ def _cam_kernel(activation, gradient, parts, C, P, BLOCK_C: tl.constexpr, BLOCK_
 def _hat(size, scale, start, OUT: tl.constexpr, IN: tl.constexpr):
     """Bilinear weights (OUT, IN) of output places start .. start + OUT - 1 over `size` input places."""
     place = (start + tl.arange(0, OUT) + 0.5) * scale - 0.5
-    place = tl.minimum(tl.maximum(place, 0.0), (size - 1).to(tl.float32))
+    place = tl.minimum(tl.maximum(place, 0.0), tl.cast(size - 1, tl.float32))   # a size of 1 is no tensor: no .to()
     return tl.maximum(1.0 - tl.abs(place[:, None] - tl.arange(0, IN)[None, :].to(tl.float32)), 0.0)
 
 
@@ -140,6 +140,7 @@ def _show_kernel(parts, image, colours, out, picture, S, h, w, H, W, scale_y, sc
     heat = tl.where(inside, heat, 0.0)
     rows = tl.dot(_hat(h, scale_y, first_y, BLOCK_Y, BLOCK_I), heat, input_precision="ieee")
     value = tl.dot(rows, tl.trans(_hat(w, scale_x, first_x, BLOCK_X, BLOCK_J)), input_precision="ieee")
+    value = tl.minimum(value, 1.0)                                   # weights may add up to 1 and a rounding
     y, x = first_y + tl.arange(0, BLOCK_Y), first_x + tl.arange(0, BLOCK_X)
     inside, at = (y < H)[:, None] & (x < W)[None, :], y[:, None] * W + x[None, :]
     tl.store(out + b.to(tl.int64) * (H * W) + at, value, mask=inside)
@@ -159,7 +160,7 @@ def _show_kernel(parts, image, colours, out, picture, S, h, w, H, W, scale_y, sc
 def _cam_parts(activation, gradient):
     """Partial Grad-CAM sums, (B, S, h, w) float32: one map for every 32 channels (8 where maps are large)."""
     B, C, h, w = activation.shape
-    block = max(16, 1 << (h * w - 1).bit_length())
+    block = padded(h * w)
     channels = 32 if block <= 256 else 8
     parts = torch.empty((B, -(-C // channels), h, w), device=activation.device)
     with on(activation):
@@ -177,13 +178,9 @@ def _show(parts, image, alpha, normalise, relu):
         _show_kernel[(B, -(-H // 16) * -(-W // 64))](
             parts.contiguous(), image, _colours(image.device), out, picture,
             S, h, w, H, W, h / H, w / W, alpha,
-            RELU=relu, HOW=normalise, BLOCK_I=_side(h), BLOCK_J=_side(w), BLOCK_Y=16, BLOCK_X=64, num_warps=4,
+            RELU=relu, HOW=normalise, BLOCK_I=padded(h), BLOCK_J=padded(w), BLOCK_Y=16, BLOCK_X=64, num_warps=4,
             enable_fp_fusion=True)
     return out, picture
-
-
-def _side(n):
-    return max(16, 1 << (n - 1).bit_length())
 
 
 @functools.cache
@@ -200,11 +197,8 @@ def cosine_map(z, target):
 
     raises  ValueError if shapes, devices or dtypes disagree.   A zero vector has cosine 0 with everything.
     """
-    if z.ndim != 3 or target.shape != (z.shape[0], z.shape[2]):
-        raise ValueError(f"cosine_map: z must be (B, P, D) and target (B, D), got {tuple(z.shape)} and "
-                         f"{tuple(target.shape)}")
-    _check_pair("cosine_map", z=z, target=target)
-    if z.numel() == 0 or backend(z, _too_large(z)) == "reference":
+    fits("cosine_map", z, "B, P, D", target=(target, (*z.shape[:1], *z.shape[2:])))
+    if z.numel() == 0 or backend(z, _too_large(z, -(-z.shape[1] // 16))) == "reference":
         return cosine_map_reference(z, target)
     B, P, D = z.shape
     out = torch.empty((B, P), device=z.device)
@@ -221,7 +215,7 @@ def grad_cam(activation, gradient):
     gradient  of the score with respect to the activation; torch.autograd.grad(score.sum(), activation)[0]
     A map without a positive value is 0. Pass (activation, gradient) to `show` to save the stop in between.
     """
-    _check_cam(activation, gradient)
+    fits("grad_cam", activation, "B, C, h, w", gradient=(gradient, activation.shape))
     if activation.numel() == 0 or backend(activation, _cam_limit(activation)) == "reference":
         return grad_cam_reference(activation, gradient)
     return _cam_parts(activation, gradient).sum(1).relu()
@@ -251,53 +245,40 @@ def show(heat, image, alpha=0.5, normalise="minmax"):
     """
     pair = heat if isinstance(heat, (tuple, list)) else None
     if pair:
-        _check_cam(*pair)
+        fits("show", pair[0], "B, C, h, w", gradient=(pair[1], pair[0].shape))
     first = pair[0] if pair else heat
     _check_show(first, 4 if pair else 3, image, alpha, normalise)
     if image.numel() == 0:
         return image.float()[:, 0], image.clone()
-    limit = _too_large(image) or ("a heat map of more than 64 x 64" if max(first.shape[-2:]) > 64 else "")
+    limit = _too_large(image, -(-image.shape[2] // 16) * -(-image.shape[3] // 64)) or ("a heat map of more than 64 x 64" if max(first.shape[-2:]) > 64 else "")
     if backend(image, limit or (_cam_limit(first) if pair else "")) == "reference":
         return show_reference(grad_cam_reference(*pair) if pair else heat, image, alpha, normalise)
     return _show(_cam_parts(*pair) if pair else heat[:, None], image, float(alpha), normalise, bool(pair))
 
 
 def _check_show(first, ndim, image, alpha, normalise):
-    fits = first.ndim == ndim and image.ndim == 4 and image.shape[1] == 3 and len(first) == len(image)
-    if not fits or 0 in first.shape[1:]:
+    fits("show", image, "B, 3, H, W")
+    if first.ndim != ndim or image.shape[1] != 3 or len(first) != len(image) or 0 in first.shape[1:]:
         raise ValueError(f"show: heat must be (B, h, w) and image (B, 3, H, W), got {tuple(first.shape)} and "
                          f"{tuple(image.shape)}")
     if normalise not in NORMALISE or not 0 <= alpha <= 1:
         raise ValueError(f"show: alpha={alpha} must be 0 .. 1, normalise={normalise!r} one of "
                          f"{', '.join(NORMALISE)}")
-    _check_pair("show", strict=False, heat=first, image=image)
+    if not first.is_floating_point() or first.device != image.device:
+        raise ValueError(f"show: heat is {first.dtype} on {first.device}; it must be floating point on the image's device, "
+                         f"{image.device}")
 
 
-def _check_cam(activation, gradient):
-    if activation.ndim != 4 or activation.shape != gradient.shape:
-        raise ValueError(f"grad_cam: activation {tuple(activation.shape)} and gradient {tuple(gradient.shape)} must "
-                         "both be (B, C, h, w)")
-    _check_pair("grad_cam", activation=activation, gradient=gradient)
-
-
-def _check_pair(name, strict=True, **tensors):
-    """Two floating-point tensors on one device, of one dtype if `strict`."""
-    (first, a), (second, b) = tensors.items()
-    for label, x in tensors.items():
-        if not x.is_floating_point():
-            raise ValueError(f"{name}: {label} must be floating point, got {x.dtype}")
-    if a.device != b.device or (strict and a.dtype != b.dtype):
-        raise ValueError(f"{name}: {first} is {a.dtype} on {a.device}, {second} is {b.dtype} on {b.device}")
-
-
-def _too_large(batch):
-    """Offsets inside a sample are 32 bit, those of samples 64 bit."""
-    return "one sample holds 2**31 elements or more" if batch[0].numel() >= 2 ** 31 else ""
+def _too_large(batch, tiles):
+    """Offsets inside a sample are 32 bit, those of samples 64 bit; its tiles are one axis of a grid."""
+    if batch[0].numel() >= 2 ** 31:
+        return "one sample holds 2**31 elements or more"
+    return f"one sample has {tiles:,} tiles, a grid holds {GRID:,}" if tiles > GRID else ""
 
 
 def _cam_limit(activation):
     places = activation.shape[2] * activation.shape[3]
-    return _too_large(activation) or ("an activation of more than 1,024 places" if places > 1024 else "")
+    return _too_large(activation, activation.shape[1] // 8) or ("an activation of more than 1,024 places" if places > 1024 else "")
 
 
 # -- rows for kernels/check.py -------------------------------------------------------------------------------
@@ -310,19 +291,19 @@ def compile_cases():
     """
     sizes = {"S": "i32", "h": "i32", "w": "i32", "H": "i32:16", "W": "i32:16", "scale_y": "fp32", "scale_x": "fp32",
              "alpha": "fp32"}
-    for dtype in ("fp32", "bf16"):
+    for dtype in ("fp32", "bf16", "fp16", "fp64"):
         t, f = f"*{dtype}:16", "*fp32:16"
         rest, rare = {"kind": "bandwidth", "num_stages": 3}, {"targets": ("sm_90",)}
         usual = {} if dtype == "fp32" else rare
         yield {"name": f"cosine_map {dtype}", "kernel": _cosine_kernel, "num_warps": 4, **rest, **usual,
                "signature": {"z": t, "target": t, "out": f, "P": "i32", "D": "i32:16"},
                "constants": {"BLOCK_P": 16, "BLOCK_D": 128}}
-        for block, channels in (64, 32), (256, 32), (1024, 8):
+        for block, channels in ((64, 32), (256, 32), (1024, 8)) if dtype in ("fp32", "bf16") else ((256, 32),):
             yield {"name": f"grad_cam {dtype} {block}", "kernel": _cam_kernel, "num_warps": 8, **rest,
                    **(usual if block == 256 else rare),
                    "signature": {"activation": t, "gradient": t, "parts": f, "C": "i32:16", "P": "i32:16"},
                    "constants": {"BLOCK_C": channels, "BLOCK_P": block}}
-        for side in 16, 32, 64:
+        for side in (16, 32, 64) if dtype in ("fp32", "bf16") else (16,):
             yield {"name": f"show {dtype} {side}", "kernel": _show_kernel, "num_warps": 4, **rest,
                    **(usual if side == 16 else rare),
                    "signature": {"parts": f, "image": t, "colours": f, "out": f, "picture": t, **sizes},

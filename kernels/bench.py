@@ -7,8 +7,9 @@
 Ceilings are measured first, in the same run: copy, gather of 256-byte rows from a table that fits L2, a large
 product, an empty launch; every floor is computed from them. Each function is checked against float64 before it is
 timed (a wrong one prints no time); then all rivals take turns. On a GPU: wall time of an eager call (what a training
-step feels) and the replay of a CUDA graph after flushing L2 (what the GPU does). Writes RESULTS.json, RESULTS.md
-and RESULTS.png beside this file; a run replaces only the operations it measured, on its kind of machine.
+step feels) and the replay of a CUDA graph after flushing L2 (what the GPU does). The last lines say where ours loses and,
+for what is on probation, keep or delete. Writes RESULTS.json, RESULTS.md and RESULTS.png beside this file; a run replaces
+only the operations it measured, on its kind of machine.
 
 A new operation is one function `name_cases(device, quick)` that yields dictionaries, entered in OPS:
     case, text  what is measured                          functions   {"ours": f, rival: f, ...}, each () -> tensor
@@ -17,6 +18,7 @@ A new operation is one function `name_cases(device, quick)` that yields dictiona
 """
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import platform
 import shutil
@@ -151,9 +153,9 @@ def gather_add(graph, x):
     return torch.zeros_like(x).index_add(0, graph.row_of, x[graph.col] * weight)
 
 
-def both_passes(function, x, dy):
-    """() -> gradient of x: forward and backward, as a training step does."""
-    return lambda: torch.autograd.grad(function(x), x, dy)[0]
+def both_of(function, leaves, upstream):
+    """() -> gradient of the first leaf: forward and backward, as a training step does; the other gradients come along."""
+    return lambda: torch.autograd.grad(function(*leaves), leaves, upstream)[0]
 
 
 def hop_cases(device, quick, functions_of, truth_of, title, hops):
@@ -175,7 +177,7 @@ def hop_cases(device, quick, functions_of, truth_of, title, hops):
                 numbers = {key: v if key == "limit" else 2 * v for key, v in numbers.items()}
                 yield {"case": f"{label} both", "text": text, **numbers,
                        "truth": lambda a=wide, dy=dy: truth_of(a, dy.double()),      # A is symmetric: dx = p(A) dy
-                       "functions": {key: both_passes(f, leaf, dy) for key, f in functions.items()}}
+                       "functions": {key: both_of(f, [leaf], dy) for key, f in functions.items()}}
 
 
 def propagate_cases(device, quick):
@@ -255,11 +257,6 @@ def flex(lengths, B, Q, K, device):
     return lambda q, k, v: fused(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
 
 
-def both_of(function, leaves, upstream):
-    """() -> gradient of the first leaf; the others' are computed too."""
-    return lambda: torch.autograd.grad(function(*leaves), leaves, upstream)[0]
-
-
 def eager_map(q, k):
     """attention_map in one line, through (B, H, Q, K)."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -326,9 +323,8 @@ def story_cases(device, quick):
 
 
 def with_compiled(reference, ours):
-    """{"ours", "eager", "compiled"}: on a CPU ours is eager, so only the compiled one is a rival."""
-    table = {"ours": ours, "eager": reference, "compiled": compiled(reference)}
-    return {n: f for n, f in table.items() if f and (n != "eager" or torch.cuda.is_available())}
+    """{"ours", "eager", "compiled"}; on a CPU ours is eager, and where no compiler is at hand nothing is compiled."""
+    return {name: f for name, f in {"ours": ours, "eager": reference, "compiled": compiled(reference)}.items() if f}
 
 
 def attribution_cases(device, quick):
@@ -353,11 +349,12 @@ def attribution_cases(device, quick):
 
 
 def pointwise_cases(device, quick):
-    """The blocks of GALIP and DE-Net at their real sizes. What loses to torch.compile here is to be deleted."""
+    """The six generator blocks of GALIP and of DE-Net, 32 pictures: channels and side of each. `verdict` adds them up."""
     gpu = device.type == "cuda"
-    for name, maps, sizes in (("df_block", 0, ((32, 64, 224), (32, 512, 28))),
-                              ("de_combine", 2, ((32, 256, 8), (32, 256, 16), (32, 128, 64), (32, 64, 128), (32, 32, 256)))):
-        for B, C, side in ((4, 64, 64),) if quick or not gpu else sizes:
+    for name, maps, sizes in (("df_block", 0, ((512, 8), (512, 16), (512, 32), (256, 64), (128, 128), (64, 224))),
+                              ("de_combine", 2, ((256, 8), (256, 16), (256, 32), (128, 64), (64, 128), (32, 256)))):
+        for C, side in ((64, 64),) if quick or not gpu else sizes:
+            B = 32 if gpu and not quick else 4
             x = [torch.randn(B, C, side, side, device=device) for _ in range(2 if maps else 1)]
             x += [torch.randn(B, C, device=device) for _ in range(3 if maps else 4)]
             x += [torch.randn(B, 1, side, side, device=device) for _ in range(maps)]
@@ -404,6 +401,21 @@ def measure(case, clock, top, repeats):
             "share": floors[bound] / ours, "gb_s": max(case["gathered"], case["copied"]) / ours / 1e3}
 
 
+def verdict(rows):
+    """The closing lines: where ours loses, and for each block on probation, keep or delete.   -> sentences"""
+    lost = [row["case"] for row in rows if row["ratio"] < 1]
+    yield f"Ours is slower than the best rival in {len(lost)} of {len(rows)} cases" + (": " + ", ".join(lost) if lost else "") + "."
+    for name in ("df_block", "de_combine"):
+        blocks = [row for row in rows if row["case"].startswith(name) and row["case"].endswith("both")]
+        if blocks and any("graph" in row["times"]["ours"] for row in blocks):
+            ours, compiler = (sum(row["times"].get(who, {}).get(row["clock"], float("nan")) for row in blocks)
+                              for who in ("ours", "compiled"))
+            yield (f"Verdict on {name}: forward and backward of {len(blocks)} blocks take {ours:,.0f} us, torch.compile's "
+                   f"{compiler:,.0f} us: {'keep' if ours <= compiler else 'delete' if ours > compiler else 'not decided: measure again,'} it.")
+        elif blocks:
+            yield f"Verdict on {name}: none, a GPU is needed; here its definition ran, not its kernel."
+
+
 def run(device, names, quick):
     """Yield (op, {"device", "versions", "command", "ceilings", "rows": [...]}), one after the other."""
     gpu = device.type == "cuda"
@@ -415,6 +427,8 @@ def run(device, names, quick):
           f"{top['gather'] / 1e3:.1f} GB/s, product {top['product'] / 1e6:.3f} TFLOP/s, launch {top['launch']:.1f} us")
     print(f"{'case':42}{'ours us':>11}{'best rival us':>15}{'ratio':>7}{'floor us':>11}{'of it':>7}  which, bound by")
     versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if gpu:
+        versions["triton"] = importlib.metadata.version("triton")
     for name in names:
         rows = []
         try:
@@ -426,6 +440,7 @@ def run(device, names, quick):
         except torch.OutOfMemoryError:                               # what fits is kept, the next operation starts anew
             print(f"    {name}: out of memory, its remaining cases are left out", file=sys.stderr)
             torch.cuda.empty_cache()
+        print(*verdict(rows), sep="\n", flush=True)
         yield name, {"device": what, "versions": versions, "seed": SEED, "ceilings": top,
                      "command": " ".join(["python -m kernels.bench", *sys.argv[1:]]), "rows": rows}
 
@@ -440,11 +455,9 @@ def page(results):
             text += ["*not yet measured*: run `python -m kernels.bench` on a machine with an NVIDIA GPU; it fills this part.", ""]
             continue
         rows = [row for op in results[kind].values() for row in op["rows"]]
-        lost = [row["case"] for row in rows if row["ratio"] < 1]
-        text += [f"Ours is slower than the best rival in {len(lost)} of {len(rows)} cases"
-                 + (": " + ", ".join(lost) if lost else "") + ".", ""]
+        text += [line for words in verdict(rows) for line in (words, "")]
         for name, op in results[kind].items():
-            text += [f"### {name}", "", f"{op['device']}; python {op['versions']['python']}, torch {op['versions']['torch']}; "
+            text += [f"### {name}", "", f"{op['device']}; {', '.join(f'{k} {v}' for k, v in op['versions'].items())}; "
                      f"seed {op['seed']}; `{op['command']}`; ceilings " + ", ".join(f"{k} {v:,.0f}" for k, v in op["ceilings"].items())
                      + " (bytes or operations a us, us).", "",
                      "| case | ours us | best rival us | ratio | floor us (bound) | of floor | GB/s | all us |",

@@ -12,6 +12,8 @@ A kernel module lists its rows in compile_cases(), dictionaries of
     wide         16-byte loads it must have at least (1): hot loads move 16 bytes
     also         other chips that run the very same tile, whose shared memory must hold it too
     tf32         True where TF32 was asked for
+Of every kernel the first row is compiled once more with all its sizes 1: the launcher makes such an argument a constant, which
+has no methods, and neither the interpreter nor an ordinary row would notice.
 What a row reports is read from the compiled binary by the `cuobjdump` inside the Triton package (for gfx942, from the
 assembly). Registers may grow by 15 % over the budget of this Triton version; everything else is a hard rule.
 """
@@ -36,10 +38,17 @@ GROWTH = 1.15                # registers over budget that a change may cost unno
 
 def cases():
     """{(row name, target): case} of every kernel module, in order."""
-    table = {}
-    for name in MODULES:
-        for case in importlib.import_module(f"kernels.{name}").compile_cases():
+    table, met = {}, set()
+    for module in MODULES:
+        for case in importlib.import_module(f"kernels.{module}").compile_cases():
             table |= {(case["name"], target): case for target in case.get("targets", SHARED_KIB)}
+            if case["kernel"].__name__ not in met:
+                met.add(case["kernel"].__name__)
+                sizes = [name for name, kind in case["signature"].items() if kind.startswith("i32")]
+                ones = {"name": f"{case['name']} ones", "kind": "bandwidth", "wide": 0,
+                        "signature": {name: kind for name, kind in case["signature"].items() if name not in sizes},
+                        "constants": {**case["constants"], **dict.fromkeys(sizes, 1)}}
+                table[ones["name"], "sm_90"] = {**case, **ones}
     return table
 
 

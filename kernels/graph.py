@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from kernels import backend, jit, on
+from kernels import backend, jit, on, padded, sums, whole
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PIECE = 32              # entries of a piece: scratch traffic is 2 / PIECE of a long row's gathers
 TILE = 1024             # numbers a program holds: 8 a thread of 4 warps, two 16-byte loads for each entry
 UNROLL = 4              # entries in flight: the loop waits for memory, not for arithmetic
+INT32 = 2**31           # tables with as many numbers need offsets of 64 bit
 
 
 # -- the plan ------------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ class Graph:
         """A from a list of edges in any order.   row, col (E,) int; weight (E,) float or None = all ones
 
         symmetric   the caller knows that A = A^T, so no transpose is ever built
-        raises      ValueError for an index out of range (the first), a weight that requires grad, 2^31 edges
+        raises      ValueError for an index out of range (the first), a weight that requires grad, 2^31 edges, ...
         """
         _check_edges(row, col, shape, weight)
         key, order = (row.long() * shape[1] + col).sort(stable=True)
@@ -78,6 +79,8 @@ class Graph:
     @staticmethod
     def from_knn(neighbours, weight=None):
         """Directed graph of neighbour lists (I, k): row i points at neighbours[i]; not its own transpose."""
+        if neighbours.dim() != 2 or (weight is not None and weight.shape != neighbours.shape):
+            raise ValueError(f"neighbours {tuple(neighbours.shape)} must be (I, k), and weight, if any, the same")
         count, k = neighbours.shape
         rows = torch.arange(count, device=neighbours.device).repeat_interleave(k)
         weight = None if weight is None else weight.flatten()
@@ -171,8 +174,9 @@ class Rows(Graph):
     """Chosen rows of a graph. Two ways to the product: walk them, or walk all and pick if that is less."""
 
     def __init__(self, parent, index):
-        if index.dim() != 1 or index.is_floating_point():
-            raise ValueError(f"rows() takes a vector of integers, not {tuple(index.shape)} of {index.dtype}")
+        if index.dim() != 1 or not whole(index) or index.device != parent.device:
+            raise ValueError(f"rows() takes a vector of integers on {parent.device}, not {tuple(index.shape)} of "
+                             f"{index.dtype} on {index.device}")
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < parent.shape[0]:
             raise ValueError(f"rows() of a graph with rows 0 .. {parent.shape[0] - 1} got {int(index.min())} "
                              f".. {int(index.max())}")
@@ -210,10 +214,12 @@ def _check_edges(row, col, shape, weight, names=("row", "col")):
     a, b = names
     if row.shape != col.shape or row.dim() != 1 or (weight is not None and weight.shape != row.shape):
         raise ValueError(f"{a} {tuple(row.shape)}, {b} {tuple(col.shape)} and weight must be of one length")
-    if row.is_floating_point() or col.is_floating_point() or max(len(row), *shape) >= 2**31:
+    if not whole(row, col) or max(len(row), *shape) >= 2**31:
         raise ValueError(f"{a} and {b} must be integers, edges and nodes fewer than 2^31: columns are int32")
-    if weight is not None and weight.requires_grad:
-        raise ValueError("edge weights are constants here; for a gradient use the dense matrix")
+    if weight is not None and (weight.requires_grad or not weight.is_floating_point()):
+        raise ValueError("edge weights are floating-point constants here; for a gradient use the dense matrix")
+    if len({x.device for x in (row, col, weight) if x is not None}) > 1:
+        raise ValueError(f"{a}, {b} and weight must be on one device, not on {row.device} and {col.device}")
     for name, index, size in zip(names, (row, col), shape, strict=True):
         bad = ((index < 0) | (index >= size)).nonzero()
         if len(bad):
@@ -230,7 +236,7 @@ def propagate_reference(graph, x):
 
 def _hops_reference(graph, x, weights):
     """Horner's rule in float32 (float64 for float64), rounded once at the end."""
-    wide = (x if x.dtype == torch.float64 else x.float()).contiguous()
+    wide = x.to(sums(x)).contiguous()
     value = graph.weight.to(wide.dtype)
     if len(weights) == 1:
         return (weights[0] * wide).to(x.dtype)
@@ -292,7 +298,7 @@ def _walk_kernel(pieces, col, weight, x, z, y, scratch, mix, P, D, x_stride, z_s
 
 def tile(width):
     """(pieces, columns) of a program: a neighbour's row is one burst of loads, up to 128 columns of it."""
-    columns = min(128, max(16, 1 << (width - 1).bit_length()))
+    columns = min(128, padded(width))
     return TILE // columns, columns
 
 
@@ -305,17 +311,16 @@ def _mix_table(weights, dtype, device):
 
 def _hop_triton(graph, x, z, mix):
     """A x, or mix[0] A x + mix[1] z: one launch a level; one level unless a row is longer than PIECE."""
-    width, sums = x.shape[1], torch.float64 if x.dtype == torch.float64 else torch.float32
-    y, source = x.new_empty(graph.shape[0], width), x
+    y, source, width = x.new_empty(graph.shape[0], x.shape[1]), x, x.shape[1]
     rows, columns = tile(width)
     for level, (table, slots) in enumerate(graph.pieces):
-        scratch = torch.empty(slots, width, dtype=sums, device=x.device) if slots else y
+        scratch = torch.empty(slots, width, dtype=sums(x), device=x.device) if slots else y
         reach = max(len(source) * source.stride(0), len(z) * z.stride(0), y.numel(), scratch.numel())
         _walk_kernel[(-(-len(table) // rows), -(-width // columns))](
             table, graph.col, graph.weight, source, z, y, scratch, y if mix is None else mix,
             len(table), width, source.stride(0), z.stride(0),
-            GATHER=level == 0, WEIGHTED=level == 0 and not graph.ones, MIX=mix is not None, WIDE=reach >= 2**31,
-            DOUBLE=sums == torch.float64, ROWS=rows, BLOCK_D=columns, UNROLL=UNROLL,
+            GATHER=level == 0, WEIGHTED=level == 0 and not graph.ones, MIX=mix is not None, WIDE=reach >= INT32,
+            DOUBLE=x.dtype == torch.float64, ROWS=rows, BLOCK_D=columns, UNROLL=UNROLL,
             num_warps=4, enable_fp_fusion=True)
         source = scratch
     return y
@@ -327,9 +332,9 @@ def _hops_triton(graph, x, weights):
     x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
     if not graph.shape[0] * x.shape[1]:
         return x.new_empty(graph.shape[0], x.shape[1])
-    h, sums = x, torch.float64 if x.dtype == torch.float64 else torch.float32
+    h = x
     with on(x):
-        for mix in [None] if weights == (0.0, 1.0) else _mix_table(weights, sums, x.device):
+        for mix in [None] if weights == (0.0, 1.0) else _mix_table(weights, sums(x), x.device):
             h = _hop_triton(graph, h, x, mix)
     return h
 
@@ -373,9 +378,9 @@ def mix_hops(graph, x, weights):
 
     weights are numbers, lowest hop first.   x (N, D) -> (N, D), same dtype
     """
-    if graph.shape[0] != graph.shape[1] or not len(weights):
-        raise ValueError(f"hops need a square graph and at least one weight; the graph is {graph.shape}, "
-                         f"weights {list(weights)}")
+    if graph.shape[0] != graph.shape[1] or isinstance(graph, Rows) or not len(weights):
+        raise ValueError(f"hops need a square graph (not rows() of one) and at least one weight; the graph is "
+                         f"{graph.shape}, weights {list(weights)}")
     if any(isinstance(w, torch.Tensor) for w in weights):
         raise ValueError("hop weights are numbers here, not tensors; call propagate once a hop to learn them")
     _check_input(graph, x)
@@ -397,8 +402,9 @@ def knn(features, k, block=2048):
     features (I, C) -> neighbours (I, k) int64, cosines (I, k) float32, best first; ties: lower index first
     raises ValueError for a row that is zero or not finite (it has no direction) or k outside 1 .. I
     """
-    if not 1 <= k <= len(features):
-        raise ValueError(f"k={k} neighbours of {len(features)} rows: choose 1 to {len(features)}")
+    if features.dim() != 2 or features.is_complex() or not 1 <= k <= len(features):
+        raise ValueError(f"k={k} neighbours of {len(features)} rows, features {tuple(features.shape)}: features are "
+                         f"real (I, C), k is 1 to {len(features)}")
     norm = features.float().norm(dim=1, keepdim=True)
     bad = (~((norm > 0) & (norm < torch.inf))).nonzero()
     if len(bad):
@@ -425,18 +431,19 @@ def largest(scores, k):
 
 
 def compile_cases():
-    """Rows for kernels/check.py: both dtypes on every target, rarer variants on sm_90."""
+    """Rows for kernels/check.py: float32 and bf16 on every target, rarer variants on sm_90."""
     usual = {"GATHER": True, "WEIGHTED": True, "MIX": True, "WIDE": False, "DOUBLE": False, "UNROLL": UNROLL}
     for name, dtype, width, flags, everywhere in (
             ("mix", "fp32", 64, {}, True), ("mix", "bf16", 64, {}, True), ("mix", "fp16", 64, {}, False),
             ("plain", "fp32", 64, {"MIX": False}, False), ("ones", "fp32", 64, {"WEIGHTED": False}, False),
             ("slots", "fp32", 64, {"GATHER": False, "WEIGHTED": False}, False),
             ("wide", "fp32", 64, {"WIDE": True}, False), ("mix", "fp32", 16, {}, False),
-            ("mix", "fp32", 128, {}, False), ("mix", "bf16", 128, {}, False)):
+            ("mix", "fp32", 128, {}, False), ("mix", "bf16", 128, {}, False), ("mix", "fp32", 32, {}, False),
+            ("plain", "bf16", 64, {"MIX": False}, False), ("mix", "fp64", 64, {"DOUBLE": True}, False)):
         rows, columns = tile(width)
-        x, p = f"*{dtype}:16", "*fp32:16"
+        x, p = f"*{dtype}:16", "*fp64:16" if dtype == "fp64" else "*fp32:16"
         yield {"name": f"propagate {name} {dtype} D={width}", "kernel": _walk_kernel, "kind": "bandwidth",
-               "wide": UNROLL * (2 if dtype == "fp32" else 1), "num_warps": 4,
+               "wide": UNROLL * {"fp64": 4, "fp32": 2}.get(dtype, 1), "num_warps": 4,
                "constants": {**usual, **flags, "ROWS": rows, "BLOCK_D": columns},
                "signature": {"pieces": "*i32:16", "col": "*i32:16", "weight": p, "x": x, "z": x, "y": x, "scratch": p,
                              "mix": p, "P": "i32", "D": "i32:16", "x_stride": "i32:16", "z_stride": "i32:16"},

@@ -11,7 +11,8 @@ DE-Net, combination of a channel branch and a spatial branch (maps W, S: one num
 
 Eager PyTorch walks 12 and 14 times over the tensor; here forward walks 2 and 3 times, backward 3 times, and
 only the inputs are saved. Sums are partial sums per tile, added in a fixed order: no atomics, the same bits.
-The speed is *not yet measured*: a kernel that loses to torch.compile at its real sizes is to be deleted.
+On probation: whether they beat torch.compile on a GPU is *not yet measured*; there `python -m kernels.bench pointwise` ends with
+the verdict, keep or delete, at the real sizes of both models.
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from kernels import backend, jit, on
+from kernels import GRID, backend, fits, jit, on, sums
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -129,7 +130,7 @@ def _de_backward_kernel(h, gamma, beta, w, W, S, dy, dh, sums, maps, B, C, P,
     tl.store(slot + 2 * step, tl.sum(grad * (_leaky(a, SLOPE) - _leaky(u, SLOPE)), 1), mask=c < C)
     slot = maps + (c_tile.to(tl.int64) * 2 * B + b) * P + p                   # maps (channel tiles, 2, B, P)
     tl.store(slot, tl.sum(f * value, 0), mask=p < P)
-    tl.store(slot + B.to(tl.int64) * P, tl.sum(f, 0), mask=p < P)
+    tl.store(slot + tl.cast(B, tl.int64) * P, tl.sum(f, 0), mask=p < P)       # a B of 1 is no tensor: no .to()
 
 
 # -- the autograd functions ----------------------------------------------------------------------------------
@@ -148,10 +149,6 @@ def _first_order(name):
     if torch.is_grad_enabled():
         raise RuntimeError(f"{name} can be differentiated once: its kernel has no second derivative. Put "
                            'a loss that needs one (a gradient penalty) inside  with kernels.use("reference"):')
-
-
-def _sum_dtype(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class _DFBlock(torch.autograd.Function):
@@ -173,12 +170,12 @@ class _DFBlock(torch.autograd.Function):
         dx, rows, pixels = torch.empty_like(x), vectors[0].numel(), x[0, 0].numel()
         block, warps = _tile(pixels)
         tiles = -(-pixels // block)
-        sums = torch.empty((tiles, 4, *vectors[0].shape), dtype=_sum_dtype(x), device=x.device)
+        parts = torch.empty((tiles, 4, *vectors[0].shape), dtype=sums(x), device=x.device)
         with on(x):
             _df_backward_kernel[(rows, tiles)](
-                x, *vectors, dy.contiguous(), dx, sums, pixels, rows, SLOPE=ctx.slope, BLOCK=block,
+                x, *vectors, dy.contiguous(), dx, parts, pixels, rows, SLOPE=ctx.slope, BLOCK=block,
                 num_warps=warps, enable_fp_fusion=True)
-        return dx, *sums.sum(0).to(x.dtype), None
+        return dx, *parts.sum(0).to(x.dtype), None
 
 
 class _DECombine(torch.autograd.Function):
@@ -201,13 +198,13 @@ class _DECombine(torch.autograd.Function):
         B, C, pixels = *gamma.shape, h[0, 0].numel()
         dh, dy = torch.empty_like(h), dy.contiguous()
         c_tiles, p_tiles = -(-C // BLOCK_C), -(-pixels // BLOCK_P)
-        sums = torch.empty((p_tiles, 3, B, C), dtype=_sum_dtype(h), device=h.device)
-        maps = torch.empty((c_tiles, 2, *W.shape), dtype=_sum_dtype(h), device=h.device)
+        rows = torch.empty((p_tiles, 3, B, C), dtype=sums(h), device=h.device)
+        maps = torch.empty((c_tiles, 2, *W.shape), dtype=sums(h), device=h.device)
         with on(h):
             _de_backward_kernel[(B * c_tiles, p_tiles)](
-                h, gamma, beta, w, W, S, dy, dh, sums, maps, B, C, pixels, SLOPE=ctx.slope, BLOCK_C=BLOCK_C,
+                h, gamma, beta, w, W, S, dy, dh, rows, maps, B, C, pixels, SLOPE=ctx.slope, BLOCK_C=BLOCK_C,
                 BLOCK_P=BLOCK_P, num_warps=4, enable_fp_fusion=True)
-        return dh, dy, *sums.sum(0).to(h.dtype), *maps.sum(0).to(h.dtype), None
+        return dh, dy, *rows.sum(0).to(h.dtype), *maps.sum(0).to(h.dtype), None
 
 
 # -- the public functions ------------------------------------------------------------------------------------
@@ -243,24 +240,17 @@ def de_combine(h, skip, gamma, beta, w, W, S, slope=0.2):
 
 
 def _like(name, x, **wanted):
-    """Check each (tensor, shape) of `wanted` against x; under autocast bring it to x's dtype."""
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"{name}: the first tensor must be floating point (B, C, H, W), got {x.dtype} "
-                         f"{tuple(x.shape)}")
-    for label, (tensor, shape) in wanted.items():
-        if tensor.shape != torch.Size(shape):
-            raise ValueError(f"{name}: {label} is {tuple(tensor.shape)}, but the first tensor {tuple(x.shape)} "
-                             f"asks for {tuple(shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: {label} is on {tensor.device}, the first tensor on {x.device}")
-        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"{name}: {label} is {tensor.dtype}, the first tensor {x.dtype}; pass one dtype")
-    return [tensor.to(x.dtype) for tensor, _ in wanted.values()]
+    """Check each (tensor, shape) of `wanted` against x; under autocast bring it to x's dtype first."""
+    if torch.is_autocast_enabled(x.device.type):
+        wanted = {label: (tensor.to(x.dtype), shape) for label, (tensor, shape) in wanted.items()}
+    fits(name, x, "B, C, H, W", **wanted)
+    return [tensor for tensor, _ in wanted.values()]
 
 
 def _too_many_tiles(x):
-    """The grid's second axis ends at 65,535; no picture comes near it. Offsets themselves are 64 bit."""
-    return "a picture of more than 2**23 pixels" if x.shape[2] * x.shape[3] > 2 ** 23 else ""
+    """A picture's tiles are one axis of a grid; no picture comes near its end. Offsets themselves are 64 bit."""
+    most = BLOCK_P * GRID
+    return f"a picture of more than {most:,} pixels" if x.shape[2] * x.shape[3] > most else ""
 
 
 # -- rows for kernels/check.py -------------------------------------------------------------------------------
@@ -268,8 +258,9 @@ def _too_many_tiles(x):
 
 def compile_cases():
     """float32 and the large tile on every target, the others on sm_90; H * W a multiple of 16 as in all real sizes."""
-    for dtype, block, warps in ("fp32", 1024, 4), ("fp32", 256, 1), ("bf16", 1024, 4), ("bf16", 256, 1):
-        t, f, usual = f"*{dtype}:16", "*fp32:16", (dtype, block) == ("fp32", 1024)
+    for dtype, block, warps in (("fp32", 1024, 4), ("fp32", 256, 1), ("bf16", 1024, 4), ("bf16", 256, 1), ("fp16", 1024, 4),
+                                ("fp64", 1024, 4)):
+        t, f, usual = f"*{dtype}:16", "*fp64:16" if dtype == "fp64" else "*fp32:16", (dtype, block) == ("fp32", 1024)
         rest = {"kind": "bandwidth", "num_stages": 3, **({} if usual else {"targets": ("sm_90",)})}
         tile = {"constants": {"SLOPE": 0.2, "BLOCK": block}, "num_warps": warps, **rest}
         vectors, sizes = dict.fromkeys(("g0", "b0", "g1", "b1"), t), {"C": "i32:16", "P": "i32:16"}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels import backend, dot, interpreting, jit, matrix_units, on
+from kernels import GRID, backend, dot, interpreting, jit, matrix_units, on, padded, sums, whole
 from kernels.graph import largest, row_offset
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ WIDEST = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64, torch.floa
 
 def _ranks_reference(users, items, user, target, rows, block):
     """A block of scores at a time, small enough for the cache, compared into one buffer and summed."""
-    items, count = items if items.dtype == torch.float64 else items.float(), len(items)
+    items, count = items.to(sums(items)).contiguous(), len(items)      # rows that share memory would be rounded differently
     block = block or max(16, min(1024, (2**26 if items.is_cuda else 2**19) // count // 16 * 16))
     tables = torch.empty(2, min(block, len(user)), count, dtype=items.dtype, device=items.device)
     ids, own, above, seen = torch.arange(count, device=items.device), [], [], []
@@ -126,12 +126,12 @@ def _ranks_triton(users, items, user, target, rows):
     capability = torch.cuda.get_device_capability(items.device)[0] if items.is_cuda else 8
     block = tile(capability)
     tiles = -(-count // block)
-    spans = max(1, min(tiles // 8, 1024 * block // max(T, 1)))           # enough programs for any GPU, the same for all
+    spans = max(1, min(tiles // 8, 1024 * block // max(T, 1), GRID))     # enough programs for any GPU, the same for all
     per_span = -(-tiles // spans)
     users, items = (x if x.stride(1) == 1 else x.contiguous() for x in (users, items))
     user, target = user.int(), target.int()
     partial = torch.empty(spans, T, dtype=torch.int32, device=items.device)
-    shared = {"BLOCK": block, "BLOCK_D": max(16, 1 << (width - 1).bit_length()), "PRECISION": "tf32x3",
+    shared = {"BLOCK": block, "BLOCK_D": padded(width), "PRECISION": "tf32x3",
               "UPCAST": interpreting(), "num_warps": 4, "enable_fp_fusion": True}
     strides, grid = (users.stride(0), items.stride(0)), -(-T // block)
     with on(items):
@@ -160,10 +160,7 @@ def rank_of_targets(users, items, user, target, seen=None, block=None):
     returns                      (T,) int32
     raises                       ValueError for other shapes, dtypes or devices, or indices out of range
     """
-    _check(users, items, user, target)
-    if seen is not None and (seen.shape != (len(users), len(items)) or seen.device != items.device):
-        raise ValueError(f"seen is a graph {seen.shape} on {seen.device}; {len(users)} users and {len(items)} items "
-                         f"on {items.device} need that shape there")
+    _check(users, items, user, target, seen)
     if not len(user):
         return torch.zeros(0, dtype=torch.int32, device=items.device)
     user, target = user.long(), target.long()
@@ -183,8 +180,8 @@ def top_k(users, items, user, k, seen=None, block=None):
     """
     if not 1 <= k <= len(items):
         raise ValueError(f"k={k} of {len(items)} items: choose 1 to {len(items)}")
-    _check(users, items, user, user.clamp(max=0))
-    wide = items if items.dtype == torch.float64 else items.float()
+    _check(users, items, user, torch.zeros_like(user), seen)
+    wide = items.to(sums(items))
     ids, values = [torch.zeros(0, k, dtype=torch.int64, device=items.device)], [wide.new_zeros(0, k)]
     for u in user.long().split(block or max(16, min(1024, 2**24 // len(items)))):
         scores = users[u].to(wide.dtype) @ wide.T                                         # (block, I)
@@ -197,7 +194,7 @@ def top_k(users, items, user, k, seen=None, block=None):
     return torch.cat(ids), torch.cat(values)
 
 
-def _check(users, items, user, target):
+def _check(users, items, user, target, seen):
     if users.dim() != 2 or items.dim() != 2 or users.shape[1] != items.shape[1] or user.shape != target.shape:
         raise ValueError(f"users {tuple(users.shape)} and items {tuple(items.shape)} need one width, user "
                          f"{tuple(user.shape)} and target {tuple(target.shape)} one length")
@@ -205,16 +202,20 @@ def _check(users, items, user, target):
     if users.dtype != items.dtype or not items.is_floating_point() or len({*devices}) > 1:
         raise ValueError(f"users ({users.dtype}, {users.device}) and items ({items.dtype}, {items.device}) need one "
                          f"floating-point type, and all four one device")
-    if user.dim() != 1 or user.is_floating_point() or target.is_floating_point():
+    if user.dim() != 1 or not whole(user, target):
         raise ValueError(f"user and target are vectors of integers, not {tuple(user.shape)} of {user.dtype}")
     if len(user) and (user.min() < 0 or user.max() >= len(users) or target.min() < 0 or target.max() >= len(items)):
         raise ValueError(f"user ids must be 0 .. {len(users) - 1} and targets 0 .. {len(items) - 1}")
+    if seen is not None and (seen.shape != (len(users), len(items)) or seen.device != items.device):
+        raise ValueError(f"seen is a graph {seen.shape} on {seen.device}; {len(users)} users and {len(items)} items "
+                         f"on {items.device} need that shape there")
 
 
 def compile_cases():
     """Rows for kernels/check.py. Compute capability 7.5 has no row: it takes the reference."""
     for width, dtype, target in ((64, "fp32", "sm_80"), (64, "fp32", "sm_90"), (64, "fp32", "sm_100"),
-                                 (64, "fp32", "sm_120"), (128, "bf16", "sm_80"), (128, "bf16", "sm_90")):
+                                 (64, "fp32", "sm_120"), (128, "bf16", "sm_80"), (128, "bf16", "sm_90"),
+                                 (128, "fp16", "sm_90"), (32, "fp32", "sm_80"), (32, "fp32", "sm_90")):
         x, p = f"*{dtype}:16", "*i32:16"
         usual = {"kind": "product", "num_warps": 4, "targets": [target], "tf32": dtype == "fp32"}
         sizes = {"T": "i32", "D": "i32:16", "u_stride": "i32:16", "i_stride": "i32:16"}

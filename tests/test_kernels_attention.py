@@ -1,5 +1,6 @@
 """Cross-attention: the Triton kernels (interpreted without a GPU) and the reference against slow float64 loops."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,6 +127,20 @@ def test_log_sum_exp_and_map_explain_the_output(path, device):
     torch.testing.assert_close(torch.einsum("bqhk,bkhd->bqhd", weights, v.double()), out.double(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_masked_sample_explains_itself_too(path, device):
+    q, k, v = (x.float() for x in qkv(3, 5, 6, 2, 16, device))
+    lengths, mask = torch.tensor([6, 3, 4], device=device), torch.tensor([[1, 0, 1, 1, 0, 1]] * 3, device=device).bool()
+    mask[2] = False                                                                       # sees nothing
+    with kernels.use(path):
+        _, lse = cross_attention(q, k, v, lengths=lengths, mask=mask, return_lse=True)
+        mean = attention_map(q, k, lengths=lengths, mask=mask)
+    keep = mask & (torch.arange(6, device=device) < lengths[:, None])
+    s = (torch.einsum("bqhd,bkhd->bqhk", q, k).double() / 4).masked_fill(~keep[:, None, None], -torch.inf)
+    torch.testing.assert_close(lse.double(), s.logsumexp(-1), rtol=0, atol=2e-6)          # minus infinity where blind
+    torch.testing.assert_close(mean.double(), s.softmax(-1).nan_to_num(0).mean(2), rtol=0, atol=1e-6)
+
+
 def test_heads_may_be_views_of_one_projection(device):
     wide = torch.randn(2, 9, 3, 2, 40, generator=torch.Generator().manual_seed(0)).to(device)
     views = wide.unbind(2)                                                                # strides 480 and 40
@@ -216,13 +231,13 @@ def test_autocast_decides_the_dtype(device):
 # -- frame-story attention ---------------------------------------------------------------------------------------
 
 
-def slow_frame_story(q, kf, vf, ks, vs, gate, q_story=None, *, cells, board):
+def slow_frame_story(q, kf, vf, ks, vs, gate, q_story=None, *, cells, board, lengths=None):
     """Token by token: find the cell from row and column, attend to that frame's words, add the story."""
     out = []
     for token in range(q.shape[1]):
         row, column = token // board[1], token % board[1]
         f = row // (board[0] // cells[0]) * cells[1] + column // (board[1] // cells[1])
-        own = slow_attention(q[:, token:token + 1], kf[:, f], vf[:, f])
+        own = slow_attention(q[:, token:token + 1], kf[:, f], vf[:, f], None if lengths is None else lengths[:, f])
         out.append(own + gate * slow_attention((q if q_story is None else q_story)[:, token:token + 1], ks, vs))
     return torch.cat(out, 1)
 
@@ -234,15 +249,16 @@ def story_inputs(B, cells, board, K, K2, H, D, device, own_query=False):
     return [torch.randn(s, generator=g, dtype=torch.float64).to(device) for s in shapes]
 
 
-@pytest.mark.parametrize("cells, board, own_query", [((1, 1), (3, 5), False), ((2, 2), (4, 6), True), ((2, 2), (6, 10), False),
-                                                     ((1, 3), (3, 9), True)])
-def test_frame_story_equals_a_loop_over_tokens(cells, board, own_query, device):
+@pytest.mark.parametrize("cells, board, own_query, ragged", [((1, 1), (3, 5), False, False), ((2, 2), (4, 6), True, False),
+                                                             ((2, 2), (6, 10), False, False), ((1, 3), (3, 9), True, True)])
+def test_frame_story_equals_a_loop_over_tokens(cells, board, own_query, ragged, device):
     inputs = story_inputs(2, cells, board, 6, 3, 2, 24, device, own_query)
+    lengths = torch.tensor([[6, 2, 5], [0, 4, 1]], device=device) if ragged else None
 
     def ours(*x):
-        return frame_story_attention(*x[:6], cells, board, q_story=x[6] if own_query else None)
+        return frame_story_attention(*x[:6], cells, board, q_story=x[6] if own_query else None, lengths=lengths)
 
-    truth = run("reference", torch.float64, slow_frame_story, inputs, cells=cells, board=board)
+    truth = run("reference", torch.float64, slow_frame_story, inputs, cells=cells, board=board, lengths=lengths)
     exact = run("reference", torch.float64, ours, inputs)
     assert_as_accurate(exact, truth, truth, torch.float64)                    # the reference: cut, two SDPA, paste
     theirs = run("reference", torch.float32, ours, inputs)
@@ -326,6 +342,39 @@ def test_a_batch_beyond_two_to_the_31_numbers():
         assert torch.equal(out[-1:], alone) and torch.equal(grad[-1:], torch.autograd.grad(alone, last, last.detach())[0])
 
 
+# -- which tile, which precision ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability, dtype, width, keys, kind, tile", [
+    ((8, 0), torch.half, 80, 77, "backward", (16, 8)), ((8, 6), torch.half, 80, 77, "backward", None),      # 108 KiB: 8.0 only
+    ((8, 9), torch.float32, 32, 77, "backward", None), ((9, 0), torch.float32, 32, 77, "backward", (16, 8)),
+    ((12, 0), torch.half, 40, 77, "forward", (64, 4)), ((10, 0), torch.half, 160, 77, "forward", (64, 8)),
+    ((9, 0), torch.half, 160, 77, "backward", None), ((9, 0), torch.half, 40, 200, "story", None),
+    ((9, 0), torch.float32, 40, 200, "forward", None), ((8, 0), torch.bfloat16, 40, 200, "forward", (32, 8)),
+    ((9, 0), torch.half, 300, 77, "forward", None)])
+def test_every_chip_takes_its_own_tile_or_the_reference(capability, dtype, width, keys, kind, tile, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    x = torch.empty(1, width, dtype=dtype)
+    gpu = SimpleNamespace(is_cuda=True, device="cuda", shape=x.shape, element_size=x.element_size)
+    assert attention._tile(kind, gpu, keys) == tile
+
+
+def test_training_without_a_backward_tile_is_refused_in_words(monkeypatch):
+    q = torch.ones(1, 2, 1, 8)
+    monkeypatch.setattr(attention, "_tile", lambda kind, *_: None if kind == "backward" else (64, 4))
+    with kernels.use("triton"):
+        assert cross_attention(q, q, q).shape == q.shape
+        with pytest.raises(ValueError, match="no backward tile for width 8, 2 keys, torch.float32 on this GPU"):
+            cross_attention(q, q, q.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype, allowed, precision", [(torch.float32, False, "tf32x3"), (torch.float32, True, "tf32"),
+                                                       (torch.float16, True, "ieee")])
+def test_float32_is_three_products_unless_one_is_allowed(dtype, allowed, precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    assert attention._launch("forward", torch.ones(1, 2, 1, 8, dtype=dtype), 2, 1.0)[1]["PRECISION"] == precision
+
+
 # -- what must not happen ----------------------------------------------------------------------------------------
 
 
@@ -343,21 +392,27 @@ def test_empty_inputs_give_empty_outputs_or_zeros(path, B, Q, K, device):
 
 
 BAD = {
-    "q must be floating point": lambda q: cross_attention(q.int(), q, q),
+    "first tensor must be floating point .*torch.int32": lambda q: cross_attention(q.int(), q, q),
     "B, Q, H, D": lambda q: cross_attention(q[0], q, q),
-    "batch, heads and width must agree": lambda q: cross_attention(q, q[..., :4], q[..., :4]),
-    "v .* does not fit": lambda q: cross_attention(q, q, q[:, :2]),
-    "q is torch.float32": lambda q: cross_attention(q, q.half(), q),
+    r"k is \(2, 4, 1, 4\), but the first tensor .* asks for \(2, 4, 1, 8\)": lambda q: cross_attention(q, q[..., :4], q[..., :4]),
+    r"v is \(2, 2, 1, 8\), but .* asks for \(2, 4, 1, 8\)": lambda q: cross_attention(q, q, q[:, :2]),
+    "k is torch.float16 on .*, the first tensor torch.float32": lambda q: cross_attention(q, q.half(), q),
     "on meta": lambda q: cross_attention(q, q.to("meta"), q),
     "lengths must be integers": lambda q: cross_attention(q, q, q, lengths=torch.ones(2, device=q.device)),
     "must be integers \\(2,\\)": lambda q: cross_attention(q, q, q, lengths=torch.ones(3, dtype=int, device=q.device)),
+    "got torch.bool \\(2,\\)": lambda q: cross_attention(q, q, q, lengths=torch.ones(2, dtype=bool, device=q.device)),
+    "got torch.complex64": lambda q: cross_attention(q, q, q, lengths=torch.ones(2, dtype=torch.cfloat, device=q.device)),
+    "lengths must be integers \\(2, 1\\)": lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, 1.0, (1, 1), (2, 2),
+                                                                        lengths=torch.ones(2, dtype=int, device=q.device)),
+    "scale is a number, not a tensor": lambda q: cross_attention(q, q, q, scale=torch.ones((), requires_grad=True)),
+    "two numbers each": lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, 1.0, (1,), (2, 2)),
     "mask must be bool": lambda q: cross_attention(q, q, q, mask=torch.ones(2, 4, device=q.device)),
     "True where a key may be seen": lambda q: attention_map(q, q, mask=torch.ones(2, 1, 1, 4).bool().to(q.device)),
     "divide it evenly": lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, 1.0, (3, 1), (2, 2)),
     "h w = 2 x 3": lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, 1.0, (1, 1), (2, 3)),
-    "one frame for each of the 2 x 2 cells": lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, 1.0, (2, 2), (2, 2)),
+    r"kf is \(2, 1, 4, 1, 8\), but .* asks for \(2, 4, 4, 1, 8\)": lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, 1.0, (2, 2), (2, 2)),
     "gate must be one number": lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, torch.ones(2), (1, 1), (2, 2)),
-    "q_story .* must be like q": lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, 1.0, (1, 1), (2, 2), q_story=q[:1]),
+    r"q_story is \(1, 4, 1, 8\), but": lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, 1.0, (1, 1), (2, 2), q_story=q[:1]),
 }
 
 
@@ -377,6 +432,7 @@ def test_lengths_beyond_the_keys_are_named():
 
 @pytest.mark.parametrize("change, reason", [
     (lambda q, k: (q.expand(-1, 2 ** 28, -1, -1), k), "2\\*\\*31 elements"),
+    (lambda q, k: (q.expand(-1, 16 * kernels.GRID + 1, -1, -1), k), "1,048,560 queries"),
     (lambda q, k: (q, k.expand(-1, 300, -1, -1)), "300 keys of width 8 do not fit"),
     (lambda q, k: (q.expand(-1, -1, -1, 300), k.expand(-1, -1, -1, 300)), "1 keys of width 300 do not fit"),
 ])

@@ -81,7 +81,7 @@ def test_maps_are_enlarged_as_interpolate_does(h, w, H, W, device):
             with kernels.use(path):
                 got, picture = show(heat, image, alpha=0.25, normalise=normalise)
             torch.testing.assert_close(got.double(), truth, rtol=0, atol=1.5e-6)
-            assert got.min() >= 0 and got.max() <= 1 + 1e-6
+            assert got.min() >= 0 and got.max() <= 1                          # exactly: weights may add up to 1 + 1e-7
             torch.testing.assert_close(picture, paint(got, image, 0.25), rtol=0, atol=1e-5)
 
 
@@ -119,6 +119,20 @@ def test_a_constant_keeps_its_sum_when_enlarged(device):
     image = torch.zeros(1, 3, 23, 31, device=device)
     for got, _ in on_both(show, torch.full((1, 5, 7), 0.75, device=device), image, normalise="none"):
         assert float(got.sum()) == pytest.approx(0.75 * 23 * 31, rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_batches_beyond_two_to_the_31_numbers():
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("needs 30 GB of free GPU memory")
+    z = torch.randn(2 ** 20 + 1, 1, 2048, device="cuda", dtype=torch.bfloat16)               # 4.3 GB
+    maps = z.view(-1, 2, 32, 32)
+    image = torch.zeros(len(maps), 3, 32, 32, device="cuda", dtype=torch.bfloat16)
+    with kernels.use("triton"):
+        torch.testing.assert_close(cosine_map(z, z[:, 0])[-1], torch.ones(1, device="cuda"))
+        assert torch.equal(grad_cam(maps, maps)[-1:], grad_cam(maps[-1:], maps[-1:]))
+        assert torch.equal(show((maps, maps), image)[1][-1:], show((maps[-1:], maps[-1:]), image[-1:])[1])
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -165,14 +179,14 @@ def test_empty_batches_stay_empty(path, device):
 
 
 BAD = {
-    "target \\(B, D\\)": lambda x: cosine_map(x[:, 0], x[:, 0]),
-    "z is torch.float32 on .*target is torch.float64": lambda x: cosine_map(x[:, 0], x[:, 0, 0].double()),
-    "must both be \\(B, C, h, w\\)": lambda x: grad_cam(x, x[:, :1]),
-    "activation must be floating point": lambda x: grad_cam(x.int(), x.int()),
+    r"target is \(2, 4, 4\), but the first tensor \(B, P, D\) .* asks for \(2, 4\)": lambda x: cosine_map(x[:, 0], x[:, 0]),
+    "target is torch.float64 on .*, the first tensor torch.float32": lambda x: cosine_map(x[:, 0], x[:, 0, 0].double()),
+    r"gradient is \(2, 1, 4, 4\), but .* asks for \(2, 3, 4, 4\)": lambda x: grad_cam(x, x[:, :1]),
+    r"first tensor must be floating point \(B, C, h, w\), got torch.int32": lambda x: grad_cam(x.int(), x.int()),
     "heat must be \\(B, h, w\\)": lambda x: show(x, x),
     "one of minmax, max, none": lambda x: show(x[:, 0], x, normalise="softmax"),
     "alpha=2 must be": lambda x: show(x[:, 0], x, alpha=2),
-    "heat is torch.float32 on .*, image is .* on meta": lambda x: show(x[:, 0], x.to("meta")),
+    "heat is torch.float32 on .*the image's device, meta": lambda x: show(x[:, 0], x.to("meta")),
     "3 x 3 tokens of the board": lambda x: word_maps(x, x, (3, 3)),
 }
 
@@ -190,5 +204,9 @@ def test_what_the_kernel_cannot_take_is_refused_in_words(device):
             show(torch.zeros(1, 65, 4, device=device), torch.zeros(1, 3, 8, 8, device=device))
         with pytest.raises(ValueError, match="2\\*\\*31 elements"):                  # a view: no memory behind it
             cosine_map(torch.zeros(1, 1, 1, device=device).expand(1, 2 ** 16, 2 ** 15), torch.zeros(1, 1, device=device).expand(1, 2 ** 15))
+        with pytest.raises(ValueError, match="65,536 tiles, a grid holds 65,535"):   # one over: 512 x 128 tiles
+            show(torch.zeros(1, 4, 4, device=device), torch.zeros(1, 1, 1, 1, device=device).expand(1, 3, 2 ** 13, 2 ** 13))
+        with pytest.raises(ValueError, match="a grid holds 65,535"):
+            cosine_map(torch.zeros(1, 1, 1, device=device).expand(1, 2 ** 20, 1), torch.zeros(1, 1, device=device))
         with pytest.raises(ValueError, match="more than 1,024 places"):
             grad_cam(torch.zeros(1, 1, 40, 40, device=device), torch.zeros(1, 1, 40, 40, device=device))

@@ -1,20 +1,25 @@
 """Which path runs, what is said when it cannot, and the rules of the compile gate."""
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 import kernels
-from kernels import backend, dot, interpreting, jit, matrix_units
-from kernels.bench import OPS, cpu_clock, measure, page
+from kernels import attention, attribution, backend, dot, interpreting, jit, matrix_units, pointwise, ranking
+from kernels.bench import OPS, attribution_cases, cpu_clock, measure, page, pointwise_cases, verdict
 from kernels.check import BUDGET, MODULES, SHARED_KIB, cases, complaints
+from kernels.graph import Graph, mix_hops, propagate
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -58,6 +63,18 @@ def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
         backend(torch.ones(2))
 
 
+def test_a_gpu_older_than_triton_takes_the_reference(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    x = SimpleNamespace(is_cuda=True, is_cpu=False, dtype=torch.float32, device="cuda")
+    for capability, path in ((6, 1), "reference"), ((7, 0), "reference"), ((7, 5), "triton"), ((12, 0), "triton"):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert backend(x) == path
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    with kernels.use("triton"), pytest.raises(ValueError, match="needs compute capability 7.5, this GPU has 6.1"):
+        backend(x)
+
+
 def test_without_triton_the_reference_runs(monkeypatch):
     monkeypatch.setattr("kernels._installed", lambda: False)
     assert backend(torch.ones(2)) == "reference" and matrix_units(torch.ones(2)) == ""
@@ -98,10 +115,78 @@ def test_every_row_of_the_gate_names_its_kernel_in_full():
     assert {name.split()[0] for name, _ in table} == {"propagate", "ranks", "attention", "cosine_map", "grad_cam", "show", "df_block",
                                                       "de_combine"}
     for (name, target), case in table.items():
-        function = case["kernel"].function if hasattr(case["kernel"], "function") else case["kernel"].fn
+        function = origin(case["kernel"])
         arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
         assert set(case["signature"]) | set(case["constants"]) == set(arguments), (name, set(arguments))
         assert case["kind"] in ("bandwidth", "product") and {*case.get("also", ())} <= {*SHARED_KIB} and target in SHARED_KIB and case["num_warps"] in (1, 2, 4, 8)
+
+
+def test_every_kernel_has_a_row_whose_sizes_are_all_one():
+    """The launcher turns a size of 1 into a constant; only compiling it shows a kernel that asks it for a method."""
+    table = cases()
+    ones = [case["kernel"].__name__ for (name, _), case in table.items() if name.endswith(" ones")]
+    assert sorted(ones) == sorted({case["kernel"].__name__ for case in table.values()}) and set(cases()) == set(table)
+    assert not any(kind.startswith("i32") for (name, _), case in table.items() if name.endswith(" ones")
+                   for kind in case["signature"].values())
+
+
+def origin(kernel):
+    """The Python function behind a kernel, launched or not."""
+    return kernel.function if hasattr(kernel, "function") else kernel.fn
+
+
+def name_of(kernel):
+    return origin(kernel).__name__
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_what_is_launched_is_what_the_gate_compiles(capability, monkeypatch):
+    """Every operation as on a GPU of this capability: tile, warps, stages and precision are those of a row."""
+    launched = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.name = name_of(kernel)
+
+        def __getitem__(self, grid):
+            return lambda *tensors, **options: launched.append((self.name, options))
+
+    rows = {}
+    for (_, target), case in cases().items():
+        if target == f"sm_{capability[0]}{capability[1]}" or (target == "sm_90" and case["kind"] == "bandwidth"):
+            rows.setdefault(name_of(case["kernel"]), []).append({"num_stages": 3, **case["constants"], **case})
+        module = importlib.import_module(origin(case["kernel"]).__module__)
+        monkeypatch.setattr(module, name_of(case["kernel"]), Recorder(case["kernel"]))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    usual = attention._tile
+    monkeypatch.setattr(attention, "_tile", lambda kind, x, keys: usual(
+        kind, SimpleNamespace(is_cuda=True, device="cuda", shape=x.shape, element_size=x.element_size), keys))
+    tile = ranking.tile
+    monkeypatch.setattr(ranking, "tile", lambda _: tile(capability[0]))
+    graph = Graph.from_edges(torch.tensor([0] * 40 + [1]), torch.arange(41), (41, 41), torch.rand(41))
+    one = torch.zeros(1, dtype=torch.long)
+    with kernels.use("triton"):
+        for dtype in torch.float16, torch.bfloat16, torch.float32:
+            x = lambda *shape: torch.zeros(shape, dtype=dtype, requires_grad=True)  # noqa: B023, E731
+            for out in (attention.cross_attention(x(1, 9, 2, 40), x(1, 77, 2, 40), x(1, 77, 2, 40)) if dtype != torch.float32 else None,
+                        attention.frame_story_attention(x(1, 4, 2, 40), *[x(1, 1, 77, 2, 40)] * 2, *[x(1, 8, 2, 40)] * 2, 0.5, (1, 1), (2, 2))
+                        if dtype != torch.float32 else None,
+                        pointwise.df_block(x(1, 3, 32, 32), *[x(1, 3)] * 4), pointwise.df_block(x(1, 3, 8, 8), *[x(1, 3)] * 4),
+                        pointwise.de_combine(*[x(1, 3, 32, 32)] * 2, *[x(1, 3)] * 3, *[x(1, 1, 32, 32)] * 2)):
+                if out is not None:
+                    out.sum().backward()
+            attention.attention_map(x(1, 9, 2, 40), x(1, 77, 2, 40))
+            for width in 16, 32, 64, 100:
+                mix_hops(graph, x(41, width).detach(), [0.5, 0.5]), propagate(graph, x(41, width).detach())
+            attribution.cosine_map(x(1, 9, 16), x(1, 16))
+            attribution.show((x(1, 9, 16, 16), x(1, 9, 16, 16)), x(1, 3, 32, 32))
+            ranking.rank_of_targets(x(1, 64), x(9, 64), one, one, Graph.from_edges(one, one, (1, 9)))
+    shape = re.compile("BLOCK|^ROWS$|^UNROLL$|^PRECISION$|^num_warps$|^num_stages$")
+    assert {name for name, _ in launched} == set(rows)
+    for name, options in launched:
+        wanted = {key: value for key, value in {"num_stages": 3, **options}.items() if shape.search(key)}
+        assert options["enable_fp_fusion"] is True
+        assert any(all(row[key] == value for key, value in wanted.items()) for row in rows[name]), (name, wanted)
 
 
 def test_every_row_has_a_budget():
@@ -146,4 +231,29 @@ def test_the_benchmark_times_only_what_is_right(capsys):
     op = {"device": "a CPU", "versions": {"python": "3", "torch": "2"}, "seed": 0, "command": "run", "ceilings": top, "rows": [row]}
     text = page({"cpu": {"ranking": op}})
     assert "| sum | " in text and "*not yet measured*" in text.split("## GPU")[1]
+    assert "Ours is slower than the best rival in" in text
     assert {"propagate", "mix_hops", "ranking", "attention", "story", "attribution", "pointwise"} == set(OPS)
+
+
+def test_the_benchmark_ends_with_a_verdict_on_what_is_on_probation():
+    def row(case, ours, compiler, clock="graph"):
+        times = {"ours": {clock: ours}, "eager": {clock: 50.0}, "compiled": {clock: compiler}}
+        return {"case": case, "ratio": min(50.0, compiler) / ours, "clock": clock, "times": times}
+
+    said = list(verdict([row("df_block 32x64x224 forward", 3.0, 2.0), row("df_block 32x64x224 both", 6.0, 8.0),
+                         row("df_block 32x512x8 both", 2.0, 1.0), row("de_combine 32x32x256 both", 9.0, 8.0)]))
+    assert said[0] == ("Ours is slower than the best rival in 3 of 4 cases: df_block 32x64x224 forward, df_block 32x512x8 both, "
+                       "de_combine 32x32x256 both.")
+    assert "2 blocks take 8 us, torch.compile's 9 us: keep it" in said[1] and "9 us, torch.compile's 8 us: delete it" in said[2]
+    assert "none, a GPU is needed" in list(verdict([row("df_block 4x64x64 both", 1.0, 2.0, "eager")]))[1]
+    assert "not decided" in list(verdict([{**row("df_block both", 1.0, 2.0), "times": {"ours": {"graph": 1.0}}}]))[1]
+    sizes = [case["case"] for case in pointwise_cases(torch.device("meta"), False)]
+    assert sizes == [f"{name} 4x64x64 {passes}" for name in ("df_block", "de_combine") for passes in ("forward", "both")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU brings its own compiler")
+def test_without_a_compiler_the_benchmark_still_has_a_rival(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    for cases_of in pointwise_cases, attribution_cases:
+        for case in cases_of(torch.device("cpu"), True):
+            assert set(case["functions"]) == {"ours", "eager"}, case["case"]

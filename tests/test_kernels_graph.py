@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import kernels
+from kernels import graph as kernels_graph
 from kernels import jit
 from kernels.graph import PIECE, Graph, knn, mix_hops, propagate, row_offset
 
@@ -125,6 +126,8 @@ def test_any_layout_of_x_gives_the_same_bits(path, device):
         flat = wide[:1, :17].expand(25, 17)                                               # overlapping: stride 0
         assert torch.equal(propagate(graph, flat), propagate(graph, flat.contiguous()))
         assert propagate(graph, wide[:, :0]).shape == (20, 0)
+        square, part = Graph.from_edges(*edges(25, 25, 120), (25, 25)).to(device), wide[:, 3:20]
+        assert torch.equal(mix_hops(square, part, [0.5, 0.3, 0.2]), mix_hops(square, part.contiguous(), [0.5, 0.3, 0.2]))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -280,6 +283,22 @@ def test_offsets_beyond_two_to_the_31_need_and_get_the_wide_path(device):
         assert out.item() == expected
 
 
+def test_wide_offsets_are_taken_from_the_limit_on_and_change_no_bit(device, monkeypatch):
+    graph, x = Graph.from_edges(*edges(100, 100, 150, hub=90), (100, 100)).to(device), numbers(100, 7).to(device)
+    launch, flags = kernels_graph._walk_kernel, []
+
+    class Walk:
+        def __getitem__(self, grid):
+            return lambda *tensors, **options: flags.append(options["WIDE"]) or launch[grid](*tensors, **options)
+    monkeypatch.setattr(kernels_graph, "_walk_kernel", Walk())
+    results = []
+    for limit in 2**31, 701, 700, 1:                                  # x, y and z hold 700 numbers
+        monkeypatch.setattr(kernels_graph, "INT32", limit)
+        with kernels.use("triton"):
+            results.append(mix_hops(graph, x, [0.5, 0.3, 0.2]))
+    assert flags == [False] * 8 + [True] * 8 and all(torch.equal(results[0], y) for y in results[1:])      # 2 hops, 2 levels
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_a_table_beyond_two_to_the_31_numbers():
@@ -303,6 +322,14 @@ def one(shape=(3, 3), row=(0,), col=(0,), **more):
     (lambda: one(shape=(2**31, 2)), r"fewer than 2\^31"),
     (lambda: one(weight=torch.ones(1, requires_grad=True)), "constants here"),
     (lambda: one(weight=torch.ones(2)), "one length"),
+    (lambda: one(weight=torch.ones(1, dtype=int)), "floating-point constants"),
+    (lambda: one(weight=torch.ones(1, device="meta")), "one device"),
+    (lambda: Graph.from_edges(torch.tensor([0]), torch.tensor([0], device="meta"), (1, 1)), "one device, not on cpu and meta"),
+    (lambda: one(row=[True]), "must be integers"),
+    (lambda: Graph.from_knn(torch.tensor([0, 1])), r"neighbours \(2,\) must be \(I, k\)"),
+    (lambda: one().rows(torch.tensor([True, False, True])), "vector of integers on cpu, not .* of torch.bool"),
+    (lambda: mix_hops(one().rows(torch.tensor([2, 1, 0])), torch.ones(3, 2), [0.5, 0.5]), r"not rows\(\) of one"),
+    (lambda: knn(torch.ones(4), 1), r"real \(I, C\)"),
     (lambda: Graph.bipartite(torch.tensor([0]), torch.tensor([3]), 2, 3), r"item\[0\] is 3, outside 0 .. 2"),
     (lambda: one().rows(torch.tensor([0, 3])), "rows 0 .. 2 got 0 .. 3"),
     (lambda: one().rows(torch.tensor([[0]])), "vector of integers"),

@@ -4,6 +4,7 @@ import torch
 
 import kernels
 from data.metrics import ranking
+from kernels import ranking as ranking_kernels
 from kernels.graph import Graph
 from kernels.ranking import rank_of_targets, tile, top_k
 
@@ -65,6 +66,46 @@ def test_a_model_full_of_nan_ranks_last_and_equal_items_rank_by_id(path, device)
         assert rank_of_targets(items[:1], items, user, target, seen).tolist() == [0, 2, 5, 7, 10]
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_single_broken_target_ranks_last_for_everybody(path, device):
+    users, items = torch.ones(2, 4, device=device), torch.ones(40, 4, device=device)
+    items[7] = float("nan")
+    with kernels.use(path):
+        ranks = rank_of_targets(users, items, torch.tensor([0, 1, 1], device=device), torch.tensor([7, 7, 3], device=device))
+    assert ranks.tolist() == [39, 39, 4]                                                   # and it stands above all others
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_that_share_memory_are_read_as_they_stand(path, device):
+    one = torch.randn(1, 8, generator=torch.Generator().manual_seed(5)).to(device)
+    items, user = one.expand(30, 8), torch.zeros(2, dtype=torch.long, device=device)
+    with kernels.use(path):
+        assert rank_of_targets(items[:1], items, user, user + 9).tolist() == [9, 9]        # overlapping: all items equal
+
+
+def test_float32_scores_are_three_products_and_a_grid_is_never_too_long(monkeypatch):
+    seen = {}
+
+    class Count:
+        def __getitem__(self, grid):
+            return lambda *tensors, **options: seen.update(options, grid=grid)
+    monkeypatch.setattr(ranking_kernels, "_count_kernel", Count())
+    monkeypatch.setattr(ranking_kernels, "tile", lambda _: 1024)
+    one = torch.zeros(1, dtype=torch.long)
+    with kernels.use("triton"):
+        rank_of_targets(torch.ones(1, 1), torch.ones(1, 1).expand(2 ** 30, 1), one, one)
+    assert seen["PRECISION"] == "tf32x3" and seen["grid"][1] == kernels.GRID
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_table_beyond_two_to_the_31_numbers():
+    items = torch.zeros(2 ** 25 + 3, 64, device="cuda", dtype=torch.bfloat16)              # 4.3 GB
+    items[-1], one = 1, torch.zeros(1, dtype=torch.long, device="cuda")
+    with kernels.use("triton"):
+        assert rank_of_targets(torch.ones_like(items[:1]), items, one, one + len(items) - 1).tolist() == [0]
+
+
 def test_counting_and_listing_give_the_same_metrics():
     g = torch.Generator().manual_seed(1)
     users, items = torch.randn(12, 8, generator=g), torch.randn(90, 8, generator=g)
@@ -95,12 +136,21 @@ def test_nothing_to_rank_gives_nothing():
     ({"items": torch.randn(5, 2)}, "one width"), ({"target": torch.tensor([0, 1])}, "one length"),
     ({"target": torch.tensor([5])}, r"targets 0 \.\. 4"), ({"user": torch.tensor([-1])}, r"user ids must be 0 \.\. 2"),
     ({"items": torch.randn(5, 4).double()}, "floating-point type"), ({"user": torch.tensor([0.0])}, "vectors of integers"),
+    ({"user": torch.tensor([True])}, "of torch.bool"), ({"target": torch.tensor([0j])}, "vectors of integers"),
     ({"seen": Graph.from_edges(torch.tensor([0]), torch.tensor([0]), (3, 6))}, r"seen is a graph \(3, 6\)")])
 @pytest.mark.parametrize("path", PATHS)
 def test_bad_input_is_answered_with_a_sentence(path, change, sentence):
     good = {"users": torch.randn(3, 4), "items": torch.randn(5, 4), "user": torch.tensor([0]), "target": torch.tensor([0])}
     with kernels.use(path), pytest.raises(ValueError, match=sentence):
         rank_of_targets(**{**good, **change})
+
+
+def test_a_list_refuses_another_shops_clicks():
+    users, items, user = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0])
+    with pytest.raises(ValueError, match=r"seen is a graph \(3, 4\)"):
+        top_k(users, items, user, 2, Graph.from_edges(torch.tensor([0]), torch.tensor([0]), (3, 4)))
+    with pytest.raises(ValueError, match="of torch.bool"):
+        top_k(users, items, user.bool(), 2)
 
 
 def test_too_long_a_list_and_too_wide_a_tile_are_refused():
