@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from data import parallel
+
 MFB_WIDTH, MFB_FACTOR = 256, 2           # Official code: fixed, independent of d
 DROPOUT, LAST_DROPOUT = 0.15, 0.18       # everywhere; on the last states of an LSTM
 
@@ -237,7 +239,7 @@ class AnswerDecoder(nn.Module):
         super().__init__()
         self.drop = nn.Dropout(DROPOUT * dropout)
         self.question = nn.Linear(width, width)
-        self.hidden, self.norm, self.out = nn.Linear(2 * width, width), nn.BatchNorm1d(width), nn.Linear(width, answers)
+        self.hidden, self.norm, self.out = nn.Linear(2 * width, width), parallel.BatchNorm1d(width), nn.Linear(width, answers)
 
     def forward(self, video, sentence):
         x = self.drop(torch.cat([video, self.question(sentence)], dim=1))

@@ -58,6 +58,7 @@ class Config:
     dropout: float = 0.0             # factor on every dropout rate (the paper: 1)
     lr: float = 3e-3                 # Adam step size (official code: 1e-4)
     schedule: str = "cosine"         # cosine to 0 after 100 steps of warm-up, or halve: after 10 and 20 of 25 epochs
+    anneal: int = 1500               # steps that the schedule is laid over
     alpha: float = 1.0               # weight of the consistency loss (official code's default)
     beta: float = 6.4e-7             # weight of the disparity loss, a sample (official code's default: 1e-8 x batch)
     punish: str = "learnt"           # query punishment: learnt, off, or oracle (the planted evidence as its scores)
@@ -83,7 +84,7 @@ def paper(name):
     epoch = round(questions / 256)
     return {"data": name, "clips": n, "frames": 16, "look": 16, "batch": 256, "per_video": 1, "width": 768, "word_width": 300,
             "mfb": 256, "dropout": 1.0, "lr": 1e-4, "schedule": "halve", "alpha": 1.0, "beta": 1e-8 * 256,
-            "eval_every": epoch, "steps": 25 * epoch}
+            "eval_every": epoch, "steps": 25 * epoch, "anneal": 25 * epoch}
 
 
 class Task:
@@ -140,7 +141,7 @@ class Task:
     def update(self, batch, step):
         """Cross-entropy, consistency and disparity (Sec. 5 of the specification), one step of Adam."""
         cfg, train, rows = self.cfg, self.parts["train"], parallel.shard(batch)
-        self.optimiser.param_groups[0]["lr"] = cfg.lr * rate(step, cfg.steps, cfg.schedule)
+        self.optimiser.param_groups[0]["lr"] = cfg.lr * rate(step, cfg.anneal, cfg.schedule)
         self.model.train()
         out = self.run(train, rows)
         answer = F.cross_entropy(out.logits, train.answers[rows].to(self.device))
@@ -241,8 +242,8 @@ def build(cfg, words, features):
                    cfg.streams, cfg.graph, cfg.mfb, cfg.dropout)
 
 
-def rate(step, steps, schedule):
+def rate(step, anneal, schedule):
     """Factor on the step size."""
     if schedule == "halve":                       # Official code: after every tenth of 25 epochs
-        return 0.5 ** (25 * step // (10 * steps))
-    return min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        return 0.5 ** (25 * step // (10 * anneal))
+    return min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / anneal)))
