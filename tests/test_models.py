@@ -57,18 +57,45 @@ def test_four_steps_equal_two_then_two(name, tmp_path, monkeypatch):
     assert one == two and list((tmp_path / f"runs/{name}-default").glob("*.png"))
 
 
+FIRST_GRADIENT = """
+import sys
+import torch
+import train
+from data import parallel
+from data.batches import seed_from
+from data.options import parse
+
+name, module, fixed = train.find_model(sys.argv[1])
+task, _ = train.build(module, module.Config(**fixed | parse(sys.argv[3:], module.Config)), train.Run(device="cpu"))
+optimisers = [part for part in task.saved.values() if isinstance(part, torch.optim.Optimizer)]
+for step, batch in enumerate(task.batches(0, 0, 1 + (name == "dualvgr"))):
+    for optimiser in optimisers:
+        torch._foreach_zero_([state["exp_avg"] for state in optimiser.state.values()] or [torch.zeros(1)])
+    torch.manual_seed(seed_from(0, step))
+    task.update(batch, step)
+if parallel.rank() == 0:                                     # Adam's running mean, if it was zero, is the gradient, scaled
+    torch.save([torch.cat([state["exp_avg"].flatten() for state in optimiser.state.values()])
+                for optimiser in optimisers if optimiser.state], sys.argv[2])
+parallel.stop()
+"""
+
+
 @pytest.mark.slow
-@every_model
-def test_two_processes_agree_with_one_at_the_same_global_batch(name, tmp_path):
+@pytest.mark.parametrize("words", [*([name] for name in HERE), ["storyimager", "--base_steps=0"]], ids=" ".join)
+def test_two_processes_have_the_gradient_of_one_at_the_same_global_batch(words, tmp_path):
+    """Compared by gradients: Adam's first steps are signs, and where a gradient is nearly 0 rounding decides about them.
+
+    DualVGR by its second: at first padding meets a bias of zero, and the normalisation behind has a slope of 1e12 there.
+    """
+    name, *more = words
+    script = tmp_path / "first_gradient.py"
+    script.write_text(FIRST_GRADIENT)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for tag, command in (("one", [sys.executable]), ("two", torchrun)):
-        options = words(name, 3, 3, f"--tag={tag}", "--device=cpu")
-        done = subprocess.run([*command, str(ROOT / "train.py"), *options], cwd=tmp_path, env=env, capture_output=True, text=True,
-                              timeout=600)
+        done = subprocess.run([*command, str(script), name, tag, *SMALL.get(name, []), *more], cwd=tmp_path, env=env,
+                              capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-2000:]
-    one, two = state(tmp_path, name, "one"), state(tmp_path, name, "two")
-    # Adam divides a gradient by its own size: where it is nearly 0, rounding decides, hence a share of all numbers and not each.
-    far = [(~torch.isclose(two[part][key], value, rtol=1e-3, atol=2e-5)).flatten() for part in one if "optimiser" not in part
-           for key, value in one[part].items() if torch.is_tensor(value) and value.is_floating_point()]
-    assert torch.cat(far).float().mean() < 5e-3, f"{int(torch.cat(far).sum())} of {len(torch.cat(far))} numbers differ"
+    one, two = (torch.load(tmp_path / tag, weights_only=True) for tag in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert (a - b).norm() < 1e-3 * a.norm(), f"the gradient is off by {float((a - b).norm() / a.norm()):.1e} of its norm"
