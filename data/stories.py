@@ -85,7 +85,7 @@ def builtin(split, size, seed, frames, looks):
             kept.update(zip(new, world.render({key: x[which] for key, x in seen["scene"].items()}, size)[0], strict=True))
         return torch.stack([kept[name] for name in said]).unflatten(0, (-1, frames))
 
-    n, one = BUILTIN[split], functools.lru_cache(1)(lambda row: view([row]))          # a row's two captions, one view
+    n, one = BUILTIN[split], functools.lru_cache(256)(lambda row: view([row]))        # a row's captions, one view
     return Stories("builtin", size, Lazy(n, lambda row: one(row)["sentences"][0]), range(n), draw,
                    {"view": Lazy(n, lambda row: view([row])), "complete": Lazy(n, lambda row: complete(one(row), row)[0])})
 
@@ -93,7 +93,7 @@ def builtin(split, size, seed, frames, looks):
 def complete(view, way=0):
     """Captions that tell a frame without the frames before it: who, doing what, where, in which place.
 
-    way   0, 1, 2, ...: by name and look, by name, or by look; then again, without saying where they stand
+    way   0, 1, 2, ...: by name and look, by name, or by look
     -> B lists of F sentences, such as "Pip the red star jumps on the left in the snow."
     """
     told = []
@@ -104,7 +104,7 @@ def complete(view, way=0):
         for f, who in enumerate(frames):
             pose, where = views.POSES[view["pose"][b, f]], views.WHERE[view["where"][b, f]]
             place = world.PLACES[world.BACKGROUND[view["place"][b, f]]]
-            spot = " " + views.spot(where) if (way + f) // 3 % 2 == 0 and who[1] < 0 else ""
+            spot = " " + views.spot(where) if who[1] < 0 else ""               # two have their places
             does = pose[:-1] if who[1] >= 0 else pose                          # stands -> stand
             text = f"{' and '.join(' '.join(called[(way + f) % 3][n]) for n in who if n >= 0)} {does}{spot} in the {place}."
             story.append(text[0].upper() + text[1:])

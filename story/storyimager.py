@@ -183,7 +183,7 @@ class ContextExtractor(nn.Module):
         super().__init__()
         def encoder():
             layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-            return nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+            return nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
 
         self.cell, self.prior, self.tokens = tuple(cell), prior, tokens
         self.queries = nn.Parameter(0.02 * torch.randn(tokens, width))

@@ -6,7 +6,8 @@
     python train.py storyimager --ablate --seeds=3                                # every switch and every rival
 
 Stage 1 stands for the pre-trained text-to-image model that the paper starts from, which can draw panels: the same UNet with its
-text encoder, on frames that are told completely. Stage 2 freezes both and trains what the paper adds: LoRA, frame-story attention, Context-FE.
+text encoder, on frames that are told completely. Stage 2 trains what the paper adds (LoRA, frame-story attention, Context-FE) and,
+because this base is minutes old, the UNet with it; --peft freezes that, as the paper does.
 """
 import copy
 import math
@@ -57,19 +58,19 @@ class Config:
     sd: str = ""                     # folder of Stable Diffusion 1.5 in the diffusers layout: it replaces stage 1
     base: str = ""                   # checkpoint of a run whose stage 1 (text encoder and UNet) is taken over
     seed: int = 0                    # random seed
-    steps: int = 2300                # optimiser steps of both stages
+    steps: int = 2200                # optimiser steps of both stages
     base_steps: int = 1000           # of these, steps of stage 1; 0 without --base or --sd: stage 2 from scratch
-    anneal: int = 1300               # steps of stage 2 over which its step size falls to a tenth (cosine)
+    anneal: int = 1200               # steps of stage 2 over which its step size falls to a tenth (cosine)
     eval_every: int = 400            # steps between evaluations
     patience: int = 0                # evaluations without improvement before stopping; 0: never
-    batch: int = 8                   # stories in a step
+    batch: int = 16                  # stories in a step
     size: int = 64                   # pixels of a frame's side
-    patch: int = 8                   # block of pixels that becomes a latent pixel (SD: its autoencoder, 8)
-    channels: int = 32               # principal components of a block that become its channels (SD: 4)
+    patch: int = 16                  # block of pixels that becomes a latent pixel (SD: its autoencoder, 8)
+    channels: int = 64               # principal components of a block that become its channels (SD: 4)
     frames: int = 4                  # builtin: frames of a story
     board_rows: int = 2              # rows of the board
     order: str = "column"            # frames run down the columns (Fig. 2), or row by row
-    widths: tuple = (48, 96)         # channels of the UNet's levels (SD: 320, 640, 1280, 1280)
+    widths: tuple = (64, 96)         # channels of the UNet's levels (SD: 320, 640, 1280, 1280)
     attention: tuple = (True, True)  # which levels have attention (SD: all but the coarsest)
     resnets: int = 1                 # resnets a level (SD: 2)
     heads: int = 4                   # attention heads at every width (SD: 8)
@@ -79,27 +80,27 @@ class Config:
     text_heads: int = 4              # its attention heads
     length: int = 16                 # words it reads, the start mark included
     tokens: int = 2                  # context tokens a frame, n_c (UNVERIFIED)
-    depth: int = 1                   # layers of each of Context-FE's two transformers (UNVERIFIED; 2 with SD)
+    depth: int = 2                   # layers of each of Context-FE's two transformers (UNVERIFIED)
     rank: int = 16                   # of LoRA (UNVERIFIED)
     alpha: float = 16.0              # LoRA adds alpha / rank times B A x
     lora_self: bool = True           # LoRA in self-attention too (UNVERIFIED)
     lora_out: str = "shared"         # output LoRA behind the sum of the branches, or "separate" ones (UNVERIFIED)
     mode: str = "both"               # frame-story attention: both; frame or story alone; joint: one softmax over both
     prior: str = "cell"              # latent prior: a whole cell, a constant a channel, or none
-    peft: bool = True                # stage 2 trains LoRA and Context-FE only; off: every weight of the UNet too
+    peft: bool = False               # the paper's tuning: stage 2 trains LoRA and Context-FE only; off: every weight of the UNet too
     tasks: tuple = TASKS             # tasks whose masks are trained
     independent: bool = False        # rival: frames that never see each other
     autoregressive: bool = False     # rival: frame by frame, each from the frames and sentences before it
     predict: str = "picture"         # the network predicts noise (SD), v or the picture (both: a schedule that ends in pure noise)
     lr_base: float = 1.5e-3          # AdamW step size of stage 1
-    lr: float = 2e-3                 # AdamW step size of stage 2 (at SD's size: 1e-4)
+    lr: float = 1e-3                 # AdamW step size of stage 2 (at SD's size: 1e-4)
     ema: float = 0.99                # decay of the averaged weights that draw and are judged
     drop: float = 0.1                # share of stories without captions, for guidance
     drop_one: float = 0.05           # share of captions dropped alone: an empty sentence is left to the context
     own: float = 0.25                # builtin, stage 1: share of frames with the story's sentence, not the complete caption
     sampler: int = 10                # DDIM steps
     guidance: float = 1.0            # classifier-free guidance when judging
-    judged: tuple = (32, 128)        # stories judged for validation and for test
+    judged: tuple = (48, 128)        # stories judged for validation and for test
 
     def __post_init__(self):
         choices = {"mode": ("both", "frame", "story", "joint"), "prior": ("cell", "constant", "none"),
@@ -119,8 +120,8 @@ def paper(name):
     """Sizes of Stable Diffusion 1.5 as overrides, frames of 256 px on a board of 512; the rest UNVERIFIED, ours."""
     if name != "sd":
         raise ValueError(f"--paper={name} is unknown; there is sd")
-    return {"size": 256, "channels": 4, "widths": (320, 640, 1280, 1280), "attention": (True, True, True, False), "resnets": 2, "heads": 8,
-            "groups": 32, "width": 768, "length": 77, "depth": 2, "predict": "noise", "lr": 1e-4, "ema": 0.999, "base_steps": 0,
+    return {"size": 256, "patch": 8, "channels": 4, "widths": (320, 640, 1280, 1280), "attention": (True, True, True, False), "resnets": 2, "heads": 8,
+            "groups": 32, "width": 768, "length": 77, "predict": "noise", "peft": True, "lr": 1e-4, "ema": 0.999, "base_steps": 0,
             "steps": 20_000, "anneal": 20_000, "eval_every": 2000, "sampler": 50, "guidance": 6.0}
 
 
@@ -134,7 +135,7 @@ class Task:
         "joint softmax": {"mode": "joint"}, "w/o frame branch": {"mode": "story"},
         "frame by frame": {"autoregressive": True}, "independent frames": {"independent": True, "mode": "frame"},
         "visualise only": {"tasks": ("visualise",)}, "continue only": {"tasks": ("continue",)},
-        "complete only": {"tasks": ("complete",)}, "full tuning": {"peft": False},
+        "complete only": {"tasks": ("complete",)}, "LoRA only": {"peft": True, "lr": 2e-3},
     }
 
     def __init__(self, cfg, device):
@@ -185,12 +186,12 @@ class Task:
         gates = [p for name, p in learnt.items() if name.endswith(".gate")]      # one number each that has to travel from 0 to about 1
         rest = [p for name, p in learnt.items() if not name.endswith(".gate")]
         self.optimiser = torch.optim.AdamW([{"params": rest, "scale": 1.0}] + [{"params": gates, "scale": 10.0}] * bool(gates),
-                                           cfg.lr, weight_decay=0.01)
+                                           cfg.lr, weight_decay=0.01, fused=True)
         self.saved = {"net": self.net, "average": self.average, "optimiser": self.optimiser}
         if cfg.base_steps:
             self.enter(1)
             learnt = [p for p in self.net.parameters() if p.requires_grad]
-            self.saved["base_optimiser"] = self.base_optimiser = torch.optim.AdamW(learnt, cfg.lr_base, weight_decay=0.01)
+            self.saved["base_optimiser"] = self.base_optimiser = torch.optim.AdamW(learnt, cfg.lr_base, weight_decay=0.01, fused=True)
 
     def enter(self, stage):
         """Which weights learn: the plain UNet and the text encoder, or (they being frozen) LoRA, gates and Context-FE."""
@@ -280,20 +281,20 @@ class Task:
         return {"frame loss" if stage == 1 else "story loss": loss.detach()}
 
     def frame_loss(self, rows, seed, alone):
-        """Stage 1: denoise frames, alone or as panels of one board, from complete captions, some from the story's own sentence."""
+        """Stage 1: denoise unrelated frames, alone or as panels of one board, from complete captions, some from their story's sentence."""
         cfg, story, batch = self.cfg, self.net["story"], len(rows)
         # Every rank draws the numbers of the whole batch and keeps its own.
         t = torch.randint(len(story.alpha_bar), (batch, self.frames), device=self.device)
         noise = torch.randn(batch, self.cells, *story.extractor.cell, device=self.device)
         own, drop = torch.rand(2, batch, self.frames)
-        t, noise, own, drop, mine = (parallel.shard(x) for x in (t, noise, own, drop, rows.tolist()))
-        data = self.data["train"]
-        whole = data.extra.get("complete")
-        told = []
-        for row, mine_own, mine_drop in zip(mine, own.tolist(), drop.tolist(), strict=True):
-            sentences = zip(data.captions[row], whole[row] if whole else data.captions[row], mine_own, mine_drop, strict=True)
-            told.append(["" if d < cfg.drop else plain if o < cfg.own else full for plain, full, o, d in sentences])
-        z0, words = self.latents(data.frames(mine, seed), sample=True), self.read(told)[0]
+        mixed = torch.stack([rows.roll(f) for f in range(self.frames)], 1)     # neighbours on a board are of other stories: no context to learn
+        t, noise, own, drop, mine = (parallel.shard(x) for x in (t, noise, own, drop, mixed))
+        data, each = self.data["train"], range(self.frames)
+        whole = data.extra.get("complete", data.captions)
+        told = [["" if gone[f] < cfg.drop else (data.captions if plain[f] < cfg.own else whole)[of[f]][f] for f in each]
+                for of, plain, gone in zip(mine.tolist(), own.tolist(), drop.tolist(), strict=True)]
+        frames = data.frames(mine.flatten(), seed).unflatten(0, mine.shape)[:, each, each]
+        z0, words = self.latents(frames, sample=True), self.read(told)[0]
         t = t if alone else t[:, :1].expand_as(t)                              # one for a board
         a = F.pad(story.alpha_bar[t], (0, self.cells - self.frames), value=1.0)[..., None, None, None]
         z = a.sqrt() * z0 + (1 - a).sqrt() * noise

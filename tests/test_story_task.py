@@ -71,7 +71,7 @@ def test_six_steps_equal_four_then_two_across_the_change_of_stage(tmp_path):
 
 
 def test_stage_one_trains_the_base_and_stage_two_only_what_the_paper_adds():
-    t = task()
+    t = task(peft=True)
     names = {id(p): name for name, p in t.net.named_parameters()}
     before = {name: p.clone() for name, p in t.net.named_parameters()}
     steps(t, 0, 2)
@@ -89,8 +89,17 @@ def test_stage_one_trains_the_base_and_stage_two_only_what_the_paper_adds():
     assert all(torch.equal(t.base.state_dict()[name.removeprefix("story.unet.")], t.net.state_dict()[name]) for name in base), "shared weights"
 
 
+def test_neighbours_on_a_board_of_stage_one_are_of_other_stories():
+    t, told = task(own=1.0, drop=0.0), []
+    read, t.read = t.read, lambda texts: told.append(texts) or read(texts)
+    rows, seed = next(iter(t.batches(0, 0, 1)))
+    t.frame_loss(rows, seed, alone=False)
+    captions, rows = t.data["train"].captions, rows.tolist()
+    assert told[0] == [[captions[rows[b - f]][f] for f in range(4)] for b in range(4)]
+
+
 def test_full_tuning_moves_the_base_and_scratch_moves_the_text_encoder_too():
-    for switches, encoder in (({"peft": False}, False), ({"base_steps": 0}, True)):
+    for switches, encoder in (({}, False), ({"base_steps": 0}, True)):
         t = task(**switches)
         steps(t, 0, 3)
         before = {name: p.clone() for name, p in t.net.named_parameters()}
