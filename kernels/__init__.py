@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +47,7 @@ def backend(x, unless=""):
     """"triton" or "reference" for tensor x.
 
     unless   why this operation's kernel cannot take x (an empty string if it can), checked last
-    raises   ValueError with the reason under use("triton"), where "auto" would quietly take the reference
+    raises   ValueError with the reason under use("triton"); "auto" takes the reference, and on a GPU warns once a reason
     """
     if _choice == "reference":
         return "reference"
@@ -55,6 +56,8 @@ def backend(x, unless=""):
         return "reference"       # the interpreter exists for tests: ten thousand times slower than the reference
     if reason and _choice == "triton":
         raise ValueError(f'use("triton"): {reason}; use("auto") takes the PyTorch reference instead')
+    if reason and x.is_cuda:
+        _say(reason)
     return "reference" if reason else "triton"
 
 
@@ -127,6 +130,11 @@ def _why_not(x):
     if x.is_cpu:
         return "" if interpreting() else "a CPU tensor needs TRITON_INTERPRET=1 before Triton is first imported"
     return f"there is no kernel for device {x.device}"
+
+
+@functools.cache
+def _say(reason):
+    warnings.warn(f"a kernel cannot run here: {reason}. The PyTorch reference runs in its place", stacklevel=5)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -69,7 +70,11 @@ def test_a_gpu_older_than_triton_takes_the_reference(monkeypatch):
     x = SimpleNamespace(is_cuda=True, is_cpu=False, dtype=torch.float32, device="cuda")
     for capability, path in ((6, 1), "reference"), ((7, 0), "reference"), ((7, 5), "triton"), ((12, 0), "triton"):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
-        assert backend(x) == path
+        kernels._say.cache_clear()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert [backend(x), backend(x)] == [path, path]
+        assert [("7.5, this GPU has" in str(w.message)) for w in said] == [True] * (path == "reference")     # once
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
     with kernels.use("triton"), pytest.raises(ValueError, match="needs compute capability 7.5, this GPU has 6.1"):
         backend(x)
