@@ -58,9 +58,9 @@ class Config:
     sd: str = ""                     # folder of Stable Diffusion 1.5 in the diffusers layout: it replaces stage 1
     base: str = ""                   # checkpoint of a run whose stage 1 (text encoder and UNet) is taken over
     seed: int = 0                    # random seed
-    steps: int = 2200                # optimiser steps of both stages
+    steps: int = 3000                # optimiser steps of both stages
     base_steps: int = 1000           # of these, steps of stage 1; 0 without --base or --sd: stage 2 from scratch
-    anneal: int = 1200               # steps of stage 2 over which its step size falls to a tenth (cosine)
+    anneal: int = 2000               # steps of stage 2 over which its step size falls to a tenth (cosine)
     eval_every: int = 400            # steps between evaluations
     patience: int = 0                # evaluations without improvement before stopping; 0: never
     batch: int = 16                  # stories in a step
