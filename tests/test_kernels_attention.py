@@ -370,9 +370,13 @@ def test_training_without_a_backward_tile_is_refused_in_words(monkeypatch):
 
 @pytest.mark.parametrize("dtype, allowed, precision", [(torch.float32, False, "tf32x3"), (torch.float32, True, "tf32"),
                                                        (torch.float16, True, "ieee")])
-def test_float32_is_three_products_unless_one_is_allowed(dtype, allowed, precision, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
-    assert attention._launch("forward", torch.ones(1, 2, 1, 8, dtype=dtype), 2, 1.0)[1]["PRECISION"] == precision
+def test_float32_is_three_products_unless_one_is_allowed(dtype, allowed, precision):
+    before = torch.backends.cuda.matmul.allow_tf32           # not an attribute that monkeypatch could put back
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        assert attention._launch("forward", torch.ones(1, 2, 1, 8, dtype=dtype), 2, 1.0)[1]["PRECISION"] == precision
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 # -- what must not happen ----------------------------------------------------------------------------------------
