@@ -57,7 +57,7 @@ def model(**switches):
 # -- board and masks ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows, cols, order", itertools.product((1, 2), (2, 3), ("row", "column")))
+@pytest.mark.parametrize("rows, cols, order", list(itertools.product((1, 2), (2, 3), ("row", "column"))))
 def test_cutting_undoes_tiling(rows, cols, order):
     board, cells = Board(rows, cols, order), torch.randn(2, rows * cols, 3, 4, 5)
     assert torch.equal(board.cut(board.tile(cells)), cells)

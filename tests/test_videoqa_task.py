@@ -55,7 +55,7 @@ def disc(x, y, colour, size=64):
 
 
 @pytest.mark.parametrize("colour", [(1.0, -1.0, -1.0), (-0.9, -0.9, -0.9), (0.2, 0.9, 0.1)])
-@pytest.mark.parametrize("k, way", enumerate([(1, 0), (-1, 0), (0, 1), (0, -1)]))
+@pytest.mark.parametrize("k, way", list(enumerate([(1, 0), (-1, 0), (0, 1), (0, -1)])))
 def test_flow_tells_which_way_things_of_any_colour_move(colour, k, way):
     steps = torch.linspace(-0.3, 0.3, 4)
     film = torch.stack([disc(way[0] * s, way[1] * s, colour) for s in steps])
