@@ -23,7 +23,8 @@ for shape, ours, theirs in (((8, 5), parallel.BatchNorm1d, nn.BatchNorm1d), ((8,
     for p, q in zip([*net.parameters(), a], [*reference.parameters(), b], strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(net.state_dict(), reference.state_dict(), rtol=1e-5, atol=1e-6)
-print("agreed", parallel.world())
+assert parallel.world() == 2
+print("agreed")
 parallel.stop()
 """
 
@@ -33,4 +34,4 @@ def test_batch_norm_sees_the_global_batch(tmp_path):
     script.write_text(BATCH_NORM)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
                           env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    assert done.stdout.count("agreed 2") == 2, done.stderr[-2000:]
+    assert done.returncode == 0 and done.stdout.count("agreed") == 2, done.stderr[-2000:]
