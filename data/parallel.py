@@ -68,11 +68,15 @@ class _Total(torch.autograd.Function):
 
 
 class _Global:
-    """Batch norm whose statistics are those of the global batch: ranks add up their sums, and gradients flow through them."""
+    """Batch norm whose statistics are those of the global batch: ranks add up their sums, and gradients flow through them.
+
+    torch.nn.SyncBatchNorm is the same for GPUs only. Sums are float32 under autocast, as in PyTorch's own layer.
+    """
 
     def forward(self, x):
         if world() == 1 or not self.training:
             return super().forward(x)
+        dtype, x = x.dtype, x.float()
         axes = [axis for axis in range(x.dim()) if axis != 1]
         count = world() * x.numel() / x.shape[1]
         mean = _Total.apply(x.sum(axes)) / count
@@ -83,7 +87,7 @@ class _Global:
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
         x = (x - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
-        return x * self.weight.view(shape) + self.bias.view(shape)
+        return (x * self.weight.view(shape) + self.bias.view(shape)).to(dtype)
 
 
 class BatchNorm1d(_Global, nn.BatchNorm1d):

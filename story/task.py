@@ -288,12 +288,13 @@ class Task:
         noise = torch.randn(batch, self.cells, *story.extractor.cell, device=self.device)
         own, drop = torch.rand(2, batch, self.frames)
         mixed = torch.stack([rows.roll(f) for f in range(self.frames)], 1)     # neighbours on a board are of other stories: no context to learn
-        t, noise, own, drop, mine = (parallel.shard(x) for x in (t, noise, own, drop, mixed))
-        data, each = self.data["train"], range(self.frames)
-        whole = data.extra.get("complete", data.captions)
-        told = [["" if gone[f] < cfg.drop else (data.captions if plain[f] < cfg.own else whole)[of[f]][f] for f in each]
-                for of, plain, gone in zip(mine.tolist(), own.tolist(), drop.tolist(), strict=True)]
-        frames = data.frames(mine.flatten(), seed).unflatten(0, mine.shape)[:, each, each]
+        frames = self.data["train"].frames(rows.tolist(), seed)
+        frames = torch.stack([frames[:, f].roll(f, 0) for f in range(self.frames)], 1)
+        t, noise, own, drop, mixed, frames = (parallel.shard(x) for x in (t, noise, own, drop, mixed, frames))
+        plain = self.data["train"].captions
+        whole = self.data["train"].extra.get("complete", plain)
+        told = [["" if d < cfg.drop else (plain if o < cfg.own else whole)[row][f] for f, (row, o, d) in enumerate(zip(*each, strict=True))]
+                for each in zip(mixed.tolist(), own.tolist(), drop.tolist(), strict=True)]
         z0, words = self.latents(frames, sample=True), self.read(told)[0]
         t = t if alone else t[:, :1].expand_as(t)                              # one for a board
         a = F.pad(story.alpha_bar[t], (0, self.cells - self.frames), value=1.0)[..., None, None, None]

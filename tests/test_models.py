@@ -97,5 +97,6 @@ def test_two_processes_have_the_gradient_of_one_at_the_same_global_batch(words, 
                               capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (torch.load(tmp_path / tag, weights_only=True) for tag in ("one", "two"))
+    assert one
     for a, b in zip(one, two, strict=True):
         assert (a - b).norm() < 1e-3 * a.norm(), f"the gradient is off by {float((a - b).norm() / a.norm()):.1e} of its norm"
