@@ -105,7 +105,8 @@ class CompositionPredictor(nn.Module):
 
     def __init__(self, channels, embed, width=256):
         super().__init__()
-        self.image = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.LeakyReLU(SLOPE), nn.Conv2d(channels, width, 4))
+        self.image = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.LeakyReLU(SLOPE),
+                                   nn.Conv2d(channels, width, 4))
         self.text = nn.Sequential(nn.Linear(embed, width), nn.LeakyReLU(SLOPE), nn.Linear(width, width))
         self.fuse = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.LeakyReLU(SLOPE), nn.Linear(2 * width, 2 * width))
         self.code = nn.Linear(4 * width, 4 * width)
@@ -328,8 +329,8 @@ def _load(model, names, state, ignored=()):
     wrong = [f"{v} {tuple(state[v].shape)}, expected {tuple(ours[k].shape)}" for k, v in names.items()
              if v in state and state[v].shape != ours[k].shape]
     if missing or unknown or wrong:
-        raise ValueError(f"not an official DE-Net state dict: missing {missing[:5] or 'nothing'}, unknown {unknown[:5] or 'nothing'}, "
-                         f"misshapen {wrong[:5] or 'nothing'}")
+        raise ValueError(f"not an official DE-Net state dict: missing {missing[:5] or 'nothing'}, "
+                         f"unknown {unknown[:5] or 'nothing'}, misshapen {wrong[:5] or 'nothing'}")
     model.load_state_dict({k: state[v] for k, v in names.items()})
     return model
 

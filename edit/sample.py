@@ -6,7 +6,6 @@ The sentences act one after the other. The editor sees the picture at its own si
 to a square by repeating the border; what it changes there is enlarged and added to the original, which keeps its size,
 its mode, its alpha and, where nothing changed, every pixel but for rounding. The input file is only ever read.
 """
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 from data import safe
-from data.options import from_plain, parse, show_help
+from data.options import from_plain, options_of, run, words_first
 from data.parts import to_tensor
 from data.pictures import bars, panels
 from data.text import words_of
-from data.weights import load_checkpoint
+from data.weights import load_parts, open_run
 from data.world import BACKGROUND, COLOUR, SHAPES, TEXTURES
 from edit.task import Config, open_editor
 from kernels.attribution import show
@@ -40,17 +39,9 @@ class Options:
 
 def restore(ckpt, root=""):
     """-> editor and text encoder of a checkpoint.   raises ValueError or FileNotFoundError, one sentence"""
-    checkpoint = load_checkpoint(ckpt)
-    config, state = checkpoint.get("config", {}), checkpoint.get("state", {})
-    if "composition" not in config:
-        raise ValueError(f"{ckpt} holds '{checkpoint.get('name')}', not an editor; point --ckpt at a run of denet")
-    cfg = from_plain(Config, config | ({"root": root} if root else {}))
-    read, editor = open_editor(cfg, torch.device("cpu"))
-    try:
-        editor.load_state_dict(state["mean"])
-        read.load_state_dict(state["read"])
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"{ckpt} does not fit: {' '.join(str(error).split())[:200]}") from None
+    config, state = open_run(ckpt, "denet")
+    read, editor = open_editor(from_plain(Config, config | ({"root": root} if root else {})), torch.device("cpu"))
+    load_parts({"mean": editor, "read": read}, state, f"{ckpt} does not fit")
     return editor.eval(), read.eval()
 
 
@@ -126,15 +117,14 @@ def draw(path, steps):
     for step in steps:
         strongest = float(step["change"].max())
         where = show(step["change"][None], step["after"][None], 0.7, "max")[1][0]
-        rows.append([(step["before"], "before"), (step["after"], step["sentence"]), (where, f"where it changed (at most {strongest:.2f})")])
+        rows.append([(step["before"], "before"), (step["after"], step["sentence"]),
+                     (where, f"where it changed (at most {strongest:.2f})")])
     panels(path, rows, size=144, title="before | after | where it changed")
 
 
 def main(argv):
-    if "--help" in argv or "-h" in argv or not argv:
-        return show_help('python -m edit.sample PICTURE "SENTENCE" ["SENTENCE" ...]', Options)
-    first = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
-    words, options = argv[:first], Options(**parse(argv[first:], Options, command="python -m edit.sample"))
+    words, rest = words_first(argv or ["--help"])
+    options = options_of(rest, Options, 'python -m edit.sample PICTURE "SENTENCE" ["SENTENCE" ...]')
     if len(words) < 2:
         raise ValueError('needs a picture and at least one sentence: python -m edit.sample photo.png "the heart is green"')
     source, sentences = Path(words[0]), words[1:]
@@ -155,16 +145,15 @@ def main(argv):
         print(f"{source} is grey, and so is the result; --colour writes it in colour")
     to_mode(full, image, options.colour).save(out)
     draw(out.with_name(out.stem + "-steps.png"), steps)
+    finest = len(editor.blocks) - 1
     bars(out.with_name(out.stem + "-weights.png"),
-         {f"{step['sentence']}, {editor.size >> len(step['weights']) - 1 - k} px": w for step in steps for k, w in enumerate(step["weights"])},
+         {f"{step['sentence']}, {editor.size >> finest - k} px": w for step in steps for k, w in enumerate(step["weights"])},
          "share of the channel manipulation, w, at each level (the rest is spatial)", level=0.5, level_label="equal")
     for step in steps:
-        print(f"{step['sentence']}: mean change {float(step['change'].mean()):.4f}, w " + " ".join(f"{w:.2f}" for w in step["weights"]))
+        weights = " ".join(f"{w:.2f}" for w in step["weights"])
+        print(f"{step['sentence']}: mean change {float(step['change'].mean()):.4f}, w {weights}")
     print(f"-> {out}, {out.stem}-steps.png, {out.stem}-weights.png")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from data import clip, edits, parallel, views
 from data.batches import batch_rows
 from data.metrics import frechet_distance, l1_outside, roc_auc, ssim
+from data.options import check_words
 from data.pictures import curves, panels
 from data.reader import agree, reader
 from data.text import BytePairs, Vocabulary, read_merges, words_of
@@ -64,9 +65,7 @@ class Config:
     oracle: float = 0.0             # weight of L1 to the known result: 0, or training is no longer unpaired
 
     def __post_init__(self):
-        for name, known in (("composition", ("dynamic", "fixed", "channel", "spatial")), ("text", ("auto", "clip", "lstm"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"--{name}={getattr(self, name)} is unknown; choose {', '.join(known)}")
+        check_words(self, composition=("dynamic", "fixed", "channel", "spatial"), text=("auto", "clip", "lstm"))
         if self.copy_start and self.base < 6:
             raise ValueError(f"--base={self.base} is too narrow to hand a picture through; pass --copy_start=false or 6 and more")
 
@@ -77,8 +76,8 @@ def paper(name):
         raise ValueError(f"--paper={name} is unknown; there are birds, coco")
     epoch = {"birds": 8855, "coco": 82783}[name] // 32
     return {"data": name, "size": 256, "base": 32, "critic_base": 32, "code_width": 256, "batch": 32, "lr": 1e-4,
-            "critic_lr": 4e-4, "text": "lstm", "penalty_every": 1, "average": 0.0, "similar": 0.0, "still": 0.0, "copy_start": False, "near": False, "more": 0,
-            "eval_every": 5 * epoch, "steps": 300 * epoch}
+            "critic_lr": 4e-4, "text": "lstm", "penalty_every": 1, "average": 0.0, "similar": 0.0, "still": 0.0,
+            "copy_start": False, "near": False, "more": 0, "eval_every": 5 * epoch, "steps": 300 * epoch}
 
 
 # -- sentences ----------------------------------------------------------------------------------------------------------
@@ -213,14 +212,16 @@ class Task:
     ablations = {
         "full": {}, "fixed composition": {"composition": "fixed"}, "static convolution": {"dynamic": False},
         "spatial only": {"composition": "spatial"}, "channel only": {"composition": "channel"},
-        "w/o semantic decoder": {"semantic": False}, "w/o CLIP similarity": {"similar": 0.0, "still": 0.0}, "w/o what stays": {"still": 0.0},
+        "w/o semantic decoder": {"semantic": False}, "w/o CLIP similarity": {"similar": 0.0, "still": 0.0},
+        "w/o what stays": {"still": 0.0},
         "w/o own sentence": {"own": 0.0}, "w/o keep": {"keep": 0.0}, "rolled sentences": {"near": False, "more": 0},
         "w/o mean of weights": {"average": 0.0}, "learnt text encoder": {"text": "lstm"},
     }
 
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, device
-        self.data = {split: edits.load(cfg.data, cfg.root, split, cfg.size, pairs=cfg.pairs) for split in ("train", "valid", "test")}
+        self.data = {split: edits.load(cfg.data, cfg.root, split, cfg.size, pairs=cfg.pairs)
+                     for split in ("train", "valid", "test")}
         self.read, self.editor = open_editor(cfg, device, self.data["train"])
         if cfg.copy_start:
             start_as_copy(self.editor)
@@ -278,7 +279,8 @@ class Task:
             half = encoded[0][::2], [x[::2] for x in encoded[1]], [x[::2] for x in encoded[2]]       # enough, and cheaper
             terms["own"] = cfg.own * (self.editor.edit(half, own[::2]) - source[::2]).abs().mean()
         if (cfg.similar or cfg.still) and self.read.clip:
-            logits = self.read.clip[0].logit_scale.exp() * self.read.agreement(edited, *(texts for pair in said for texts in pair))
+            texts = [texts for pair in said for texts in pair]
+            logits = self.read.clip[0].logit_scale.exp() * self.read.agreement(edited, *texts)
             true, false = logits.unflatten(0, (len(said), 2)).unbind(1)                        # (1 + more, B) each
             terms["similar"] = -cfg.similar * F.logsigmoid(false[0] - true[0]).mean()          # the wish, not what was so
             if cfg.still and len(said) > 1:
@@ -351,7 +353,8 @@ class Task:
     def draw_weights(self, path, kinds):
         """Mean w of each DEBlock for each kind of edit, and how well w alone tells attribute edits from shape edits."""
         data, rows = self.data["test"], range(len(kinds))
-        found = [self.edit(data.source(part), data.said(part)[0][1], explain=True)[1] for part in torch.arange(len(rows)).split(100)]
+        found = [self.edit(data.source(part), data.said(part)[0][1], explain=True)[1]
+                 for part in torch.arange(len(rows)).split(100)]
         levels = torch.stack([torch.cat([w[k].mean(1) for w in found]) for k in range(len(found[0]))], 1).cpu()      # (N, levels)
         lines, xs = {}, list(range(1, levels.shape[1] + 1))
         for kind in dict.fromkeys(kinds):
@@ -418,7 +421,8 @@ def verdict(reading, view):
     changed, rest = torch.where(now, there & placed["count"], changed), torch.where(now, whole[:, 0] & placed["background"], rest)
     now = kind == edits.ADD + 1
     changed = torch.where(now, placed["found"][:, 0] & placed["count"], changed)
-    rest = torch.where(now, torch.stack([placed[a][:, 0] for a in ("shape", "colour", "texture")]).all(0) & placed["background"], rest)
+    other = torch.stack([placed[a][:, 0] for a in ("shape", "colour", "texture")]).all(0)
+    rest = torch.where(now, other & placed["background"], rest)
     return {"changed": changed.float(), "rest": rest.float()}
 
 
@@ -436,7 +440,8 @@ def summarise(parts, task):
     scores["Frechet"] = float(frechet_distance(features, real, "reader"))
     for kind in dict.fromkeys(kinds) if task.known else ():
         mine = torch.tensor([k == kind for k in kinds])
-        scores |= {f"{kind} {name}": float(found[name][mine].nanmean()) for name in ("changed", "rest", "kept L1", "kept SSIM", "MP", "matched")}
+        scores |= {f"{kind} {name}": float(found[name][mine].nanmean())
+                   for name in ("changed", "rest", "kept L1", "kept SSIM", "MP", "matched")}
     if task.known:                                           # kinds count alike, however many of each were drawn
         scores["changed"] = sum(scores[f"{kind} changed"] for kind in views.EDITS) / len(views.EDITS)
     return scores

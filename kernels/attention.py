@@ -425,7 +425,8 @@ def _reference(kind, q, keys, *others, mask=None):
         (q.dtype == torch.float64 and q.is_cuda, "float64 products are for the interpreter"),
         (mask is not None and mask.ndim == 3, "a mask of its own for every query"),
         (keys > 256 or q.shape[-1] > 256, f"{keys} keys of width {q.shape[-1]} do not fit on the chip (256 and 256 do)"),
-        (max(reach, q[0].numel()) >= 2**31 or q.shape[1] > 16 * GRID, f"one sample spans 2**31 elements or {16 * GRID:,} queries"),
+        (max(reach, q[0].numel()) >= 2**31 or q.shape[1] > 16 * GRID,
+         f"one sample spans 2**31 elements or {16 * GRID:,} queries"),
         *((_tile(part, q, keys) is None, f"no {part} tile for width {q.shape[-1]}, {keys} keys, {q.dtype} on this GPU")
           for part in ((kind, "backward") if grad else (kind,))))
     return backend(q, next((words for bad, words in reasons if bad), "")) == "reference"
@@ -469,7 +470,7 @@ def _autocast(*tensors):
 
 
 def _ready(lengths, mask, *groups):
-    """As the kernels want it: int32, bytes, and tensors of last stride 1; those of one group share their strides, or are copied."""
+    """As the kernels want it: int32, bytes, and tensors of last stride 1; a group shares its strides, or is copied."""
     yield None if lengths is None else lengths.to(torch.int32).contiguous()
     yield None if mask is None else mask.contiguous().view(torch.uint8)
     for group in groups:

@@ -250,7 +250,8 @@ def show(heat, image, alpha=0.5, normalise="minmax"):
     _check_show(first, 4 if pair else 3, image, alpha, normalise)
     if image.numel() == 0:
         return image.float()[:, 0], image.clone()
-    limit = _too_large(image, -(-image.shape[2] // 16) * -(-image.shape[3] // 64)) or ("a heat map of more than 64 x 64" if max(first.shape[-2:]) > 64 else "")
+    limit = _too_large(image, -(-image.shape[2] // 16) * -(-image.shape[3] // 64))
+    limit = limit or ("a heat map of more than 64 x 64" if max(first.shape[-2:]) > 64 else "")
     if backend(image, limit or (_cam_limit(first) if pair else "")) == "reference":
         return show_reference(grad_cam_reference(*pair) if pair else heat, image, alpha, normalise)
     return _show(_cam_parts(*pair) if pair else heat[:, None], image, float(alpha), normalise, bool(pair))
@@ -277,8 +278,8 @@ def _too_large(batch, tiles):
 
 
 def _cam_limit(activation):
-    places = activation.shape[2] * activation.shape[3]
-    return _too_large(activation, activation.shape[1] // 8) or ("an activation of more than 1,024 places" if places > 1024 else "")
+    limit = _too_large(activation, activation.shape[1] // 8)
+    return limit or ("an activation of more than 1,024 places" if activation.shape[2] * activation.shape[3] > 1024 else "")
 
 
 # -- rows for kernels/check.py -------------------------------------------------------------------------------

@@ -404,14 +404,16 @@ def measure(case, clock, top, repeats):
 def verdict(rows):
     """The closing lines: where ours loses, and for each block on probation, keep or delete.   -> sentences"""
     lost = [row["case"] for row in rows if row["ratio"] < 1]
-    yield f"Ours is slower than the best rival in {len(lost)} of {len(rows)} cases" + (": " + ", ".join(lost) if lost else "") + "."
+    named = ": " + ", ".join(lost) if lost else ""
+    yield f"Ours is slower than the best rival in {len(lost)} of {len(rows)} cases{named}."
     for name in ("df_block", "de_combine"):
         blocks = [row for row in rows if row["case"].startswith(name) and row["case"].endswith("both")]
         if blocks and any("graph" in row["times"]["ours"] for row in blocks):
             ours, compiler = (sum(row["times"].get(who, {}).get(row["clock"], float("nan")) for row in blocks)
                               for who in ("ours", "compiled"))
+            decision = "keep it" if ours <= compiler else "delete it" if ours > compiler else "not decided, measure again"
             yield (f"Verdict on {name}: forward and backward of {len(blocks)} blocks take {ours:,.0f} us, torch.compile's "
-                   f"{compiler:,.0f} us: {'keep' if ours <= compiler else 'delete' if ours > compiler else 'not decided: measure again,'} it.")
+                   f"{compiler:,.0f} us: {decision}.")
         elif blocks:
             yield f"Verdict on {name}: none, a GPU is needed; here its definition ran, not its kernel."
 
@@ -457,9 +459,10 @@ def page(results):
         rows = [row for op in results[kind].values() for row in op["rows"]]
         text += [line for words in verdict(rows) for line in (words, "")]
         for name, op in results[kind].items():
-            text += [f"### {name}", "", f"{op['device']}; {', '.join(f'{k} {v}' for k, v in op['versions'].items())}; "
-                     f"seed {op['seed']}; `{op['command']}`; ceilings " + ", ".join(f"{k} {v:,.0f}" for k, v in op["ceilings"].items())
-                     + " (bytes or operations a us, us).", "",
+            versions = ", ".join(f"{k} {v}" for k, v in op["versions"].items())
+            ceilings = ", ".join(f"{k} {v:,.0f}" for k, v in op["ceilings"].items())
+            text += [f"### {name}", "", f"{op['device']}; {versions}; seed {op['seed']}; `{op['command']}`; ceilings {ceilings} "
+                     "(bytes or operations a us, us).", "",
                      "| case | ours us | best rival us | ratio | floor us (bound) | of floor | GB/s | all us |",
                      "| --- | --- | --- | --- | --- | --- | --- | --- |"]
             text += [f"| {w['case']} | {w['ours']:.1f} | {w['best_us']:.1f} ({w['best']}) | {w['ratio']:.2f} | "

@@ -9,7 +9,6 @@ Frames count from 1. Fewer sentences than the model's frames make a shorter stri
 frame is drawn beside the ones before it. An empty sentence ("") leaves a frame to its neighbours.
 """
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +16,10 @@ import torch
 
 from data import safe
 from data.batches import seed_from
-from data.options import from_plain, parse, show_help
+from data.options import from_plain, options_of, run, words_first
 from data.parts import squeeze, to_tensor
 from data.pictures import gif, panels, strip, to_pil
-from data.weights import load_checkpoint
+from data.weights import load_checkpoint, load_parts
 from kernels.attribution import show, word_maps
 from story.storyimager import FrameStoryAttention
 from story.task import Config, Task, outlined
@@ -52,11 +51,8 @@ def restore(ckpt, root=""):
         raise ValueError(f"{ckpt} holds '{checkpoint.get('name')}', not a model of story; point --ckpt at a run of storyimager")
     task = Task(from_plain(Config, config | {"base": "", "base_steps": 0 if config["base"] else config["base_steps"]}
                            | ({"root": root} if root else {})), torch.device("cpu"))
-    try:
-        task.average.load_state_dict(checkpoint["state"]["average"])
-    except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{ckpt} does not fit the data in --root={task.cfg.root or 'builtin'}: {reason}") from None
+    where = f"{ckpt} does not fit the data in --root={task.cfg.root or 'builtin'}"
+    load_parts({"average": task.average}, checkpoint["state"], where)
     return task
 
 
@@ -64,8 +60,8 @@ def numbered(text, option, count):
     """"2=frame.png" -> (1, "frame.png").   raises ValueError for what is not a frame of the story"""
     number, equals, value = text.partition("=")
     if not equals or not number.strip().isdigit() or not value:
-        raise ValueError(f"--{option} {text}: write the frame's number, =, and the {'file' if option == 'given' else 'sentence'}, "
-                         f"such as --{option} 2={'frame.png' if option == 'given' else 'It jumps.'}")
+        what, such = ("file", "frame.png") if option == "given" else ("sentence", "It jumps.")
+        raise ValueError(f"--{option} {text}: write the frame's number, =, and the {what}, such as --{option} 2={such}")
     if not 1 <= int(number) <= count:
         raise ValueError(f"--{option} {text}: this story has frames 1 to {count}")
     return int(number) - 1, value
@@ -100,7 +96,8 @@ def draw_story(task, told, given=(), seed=0, **settings):
         window = slice(stop - board, stop)
         if not known[window].all():
             seed_here = seed if stop == board else seed_from(seed, stop)
-            frames[window] = task.draw(frames[None, window], [told[window]], (~known[None, window]).float(), seed_here, **settings)[0]
+            drawn = task.draw(frames[None, window], [told[window]], (~known[None, window]).float(), seed_here, **settings)
+            frames[window] = drawn[0]
             known[window] = True
     return frames[:count]
 
@@ -143,8 +140,11 @@ class Cells:
         self.size = size[0] // rows, size[1] // cols
         self.q, self.k, _ = layer.project(x, story.words, layer.frame)
         self.qs, self.ks, _ = layer.project(x, story.context, layer.story)
-        self.cut = lambda q: (q.unflatten(1, (rows, self.size[0], cols, self.size[1])).transpose(2, 3)            # (B, r, c, h, w, H, d)
-                              .flatten(3, 4).flatten(0, 2))                                                       # (B r c, h w, H, d)
+        self.cells = rows, self.size[0], cols, self.size[1]
+
+    def cut(self, q):
+        """Pixels of the board -> pixels of each cell.   (B, H W, heads, d) -> (B r c, h w, heads, d)"""
+        return q.unflatten(1, self.cells).transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
     def words(self):
         return word_maps(self.cut(self.q), self.k.flatten(0, 1), self.size)
@@ -170,7 +170,8 @@ def draw_looks(path, task, pictures, told):
         if story is not None:
             share = story[f].sum((1, 2)) / story[f].sum()
             rows.append([(pictures[f], f"story branch of frame {f + 1}")] + [
-                (show(story[f, g][None], pictures[f][None])[1][0], f"reads frame {g + 1}: {100 * share[g]:.0f} %") for g in range(len(share))])
+                (show(story[f, g][None], pictures[f][None])[1][0], f"reads frame {g + 1}: {100 * share[g]:.0f} %")
+                for g in range(len(share))])
     panels(path, rows, 96, "where the pixels of a frame look: its own words (frame branch), the story's frames (story branch)")
 
 
@@ -198,11 +199,8 @@ def write(options, told, pictures, given):
 
 
 def main(argv):
-    if "--help" in argv or "-h" in argv:
-        return show_help('python -m story.sample "sentence" "sentence" ...', Options)
-    first = next((n for n, word in enumerate(argv) if word.startswith("--")), len(argv))
-    told = argv[:first]
-    options = Options(**parse(argv[first:], Options, command="python -m story.sample"))
+    told, rest = words_first(argv)
+    options = options_of(rest, Options, 'python -m story.sample "sentence" "sentence" ...')
     if options.edit and not options.story:
         raise ValueError("--edit changes an existing story: name its .json with --story")
     task = restore(options.ckpt, options.root)
@@ -234,7 +232,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -99,7 +99,8 @@ class TunedSelfAttention(SelfAttention):
         self.lora = lora_set(width, width, rank, alpha, "qkvo")
 
     def forward(self, x):
-        q, k, v = (self.split(linear(x) + self.lora[p](x)) for p, linear in zip("qkv", (self.to_q, self.to_k, self.to_v), strict=True))
+        q, k, v = (self.split(linear(x) + self.lora[p](x))
+                   for p, linear in zip("qkv", (self.to_q, self.to_k, self.to_v), strict=True))
         y = self.attend(q, k, v).flatten(2)
         return self.to_out[0](y) + self.lora["o"](y)
 
@@ -315,7 +316,7 @@ class StoryImager(nn.Module):
 
 
 def past_only(z0, words, keep, empty, frame):
-    """What a frame-by-frame model sees when it draws `frame` (B,): frames and captions after it are blank.   -> z0, words, keep"""
+    """What a frame-by-frame model sees when it draws `frame` (B,): what comes after it is blank.   -> z0, words, keep"""
     later = torch.arange(z0.shape[1], device=z0.device) > frame[:, None]                    # (B, F)
     return (z0.masked_fill(later[:, :, None, None, None], 0), torch.where(later[:, :, None, None], empty[0], words),
             torch.where(later[:, :, None], empty[1], keep))
@@ -341,7 +342,8 @@ def tuned_unet(rank=16, alpha=16, mode="both", out="shared", lora_self=True, **s
 def freeze_base(unet):
     """Train only LoRA sets and gates: everything under a name of Stable Diffusion is frozen."""
     for name, p in unet.named_parameters():
-        p.requires_grad_(".lora." in name or ".frame." in name or ".story." in name or (name.endswith(".gate") and p.requires_grad))
+        added = any(part in name for part in (".lora.", ".frame.", ".story."))
+        p.requires_grad_(added or (name.endswith(".gate") and p.requires_grad))
 
 
 def load_base(unet, state_dict):

@@ -5,9 +5,9 @@
     python train.py storyimager --paper=sd --sd=FOLDER --data=pororo --root=DIR   # Stable Diffusion 1.5 as stage 1
     python train.py storyimager --ablate --seeds=3                                # every switch and every rival
 
-Stage 1 stands for the pre-trained text-to-image model that the paper starts from, which can draw panels: the same UNet with its
-text encoder, on frames that are told completely. Stage 2 trains what the paper adds (LoRA, frame-story attention, Context-FE) and,
-because this base is minutes old, the UNet with it; --peft freezes that, as the paper does.
+Stage 1 stands for the pre-trained text-to-image model that the paper starts from, which can draw panels: the same UNet with
+its text encoder, on frames that are told completely. Stage 2 trains what the paper adds (LoRA, frame-story attention,
+Context-FE) and, because this base is minutes old, the UNet with it; --peft freezes that, as the paper does.
 """
 import copy
 import math
@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import parallel, stories, views
 from data.batches import batch_rows, generator, seed_from
+from data.options import check_words
 from data.pictures import gif, panels
 from data.reader import reader
 from data.vae import Components
@@ -87,11 +88,11 @@ class Config:
     lora_out: str = "shared"         # output LoRA behind the sum of the branches, or "separate" ones (UNVERIFIED)
     mode: str = "both"               # frame-story attention: both; frame or story alone; joint: one softmax over both
     prior: str = "cell"              # latent prior: a whole cell, a constant a channel, or none
-    peft: bool = False               # the paper's tuning: stage 2 trains LoRA and Context-FE only; off: every weight of the UNet too
+    peft: bool = False               # the paper's tuning: stage 2 trains LoRA and Context-FE only; off: the whole UNet too
     tasks: tuple = TASKS             # tasks whose masks are trained
     independent: bool = False        # rival: frames that never see each other
     autoregressive: bool = False     # rival: frame by frame, each from the frames and sentences before it
-    predict: str = "picture"         # the network predicts noise (SD), v or the picture (both: a schedule that ends in pure noise)
+    predict: str = "picture"         # the network predicts noise (SD), v or the picture (both: the schedule ends in pure noise)
     lr_base: float = 1.5e-3          # AdamW step size of stage 1
     lr: float = 1e-3                 # AdamW step size of stage 2 (at SD's size: 1e-4)
     ema: float = 0.99                # decay of the averaged weights that draw and are judged
@@ -103,15 +104,13 @@ class Config:
     judged: tuple = (48, 128)        # stories judged for validation and for test
 
     def __post_init__(self):
-        choices = {"mode": ("both", "frame", "story", "joint"), "prior": ("cell", "constant", "none"),
-                   "lora_out": ("shared", "separate"), "order": ("column", "row"), "predict": ("noise", "v", "picture")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"--{name}={getattr(self, name)} is unknown; choose {', '.join(known)}")
+        check_words(self, mode=("both", "frame", "story", "joint"), prior=("cell", "constant", "none"), order=("column", "row"),
+                    lora_out=("shared", "separate"), predict=("noise", "v", "picture"))
         if unknown := set(self.tasks) - set(TASKS):
-            raise ValueError(f"--tasks={','.join(self.tasks)}: {', '.join(sorted(unknown))} is unknown; choose from {', '.join(TASKS)}")
-        if self.size % (self.patch * 2 ** (len(self.widths) - 1)):
-            raise ValueError(f"--size={self.size} must be a multiple of patch x 2^(levels - 1) = {self.patch * 2 ** (len(self.widths) - 1)}")
+            raise ValueError(f"--tasks={','.join(self.tasks)}: {', '.join(sorted(unknown))} is unknown; choose from "
+                             f"{', '.join(TASKS)}")
+        if self.size % (least := self.patch * 2 ** (len(self.widths) - 1)):
+            raise ValueError(f"--size={self.size} must be a multiple of patch x 2^(levels - 1) = {least}")
         if (self.sd or self.base) and self.base_steps:
             raise ValueError("--sd and --base bring stage 1 with them; add --base_steps=0")
 
@@ -120,9 +119,9 @@ def paper(name):
     """Sizes of Stable Diffusion 1.5 as overrides, frames of 256 px on a board of 512; the rest UNVERIFIED, ours."""
     if name != "sd":
         raise ValueError(f"--paper={name} is unknown; there is sd")
-    return {"size": 256, "patch": 8, "channels": 4, "widths": (320, 640, 1280, 1280), "attention": (True, True, True, False), "resnets": 2, "heads": 8,
-            "groups": 32, "width": 768, "length": 77, "predict": "noise", "peft": True, "lr": 1e-4, "ema": 0.999, "base_steps": 0,
-            "steps": 20_000, "anneal": 20_000, "eval_every": 2000, "sampler": 50, "guidance": 6.0}
+    return {"size": 256, "patch": 8, "channels": 4, "widths": (320, 640, 1280, 1280), "attention": (True, True, True, False),
+            "resnets": 2, "heads": 8, "groups": 32, "width": 768, "length": 77, "predict": "noise", "peft": True, "lr": 1e-4,
+            "ema": 0.999, "base_steps": 0, "steps": 20_000, "anneal": 20_000, "eval_every": 2000, "sampler": 50, "guidance": 6.0}
 
 
 class Task:
@@ -140,7 +139,8 @@ class Task:
 
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, device
-        self.data = {split: stories.load(cfg.data, cfg.root, split, cfg.size, frames=cfg.frames) for split in ("train", "valid", "test")}
+        self.data = {split: stories.load(cfg.data, cfg.root, split, cfg.size, frames=cfg.frames)
+                     for split in ("train", "valid", "test")}
         self.builtin = cfg.data == "builtin"
         self.frames = len(self.data["train"].captions[0])                     # F of the data
         self.board = Board(cfg.board_rows, math.ceil(self.frames / cfg.board_rows), cfg.order)
@@ -150,7 +150,8 @@ class Task:
         if self.builtin:
             view = self.view("test", range(cfg.judged[1]))
             self.chance = {f"{task} {key}": x for task in TASKS for key, x in chance(view).items()}
-            self.next = 'python -m story.sample "Pip the red star walks in the snow." "It meets Mo." "They jump." "It stands on the left."'
+            self.next = ('python -m story.sample "Pip the red star walks in the snow." "It meets Mo." "They jump." '
+                         '"It stands on the left."')
         else:
             self.headline, self.better, self.chance = "Frechet frame", "lower", {}
             cut, told = self.net["words"].cut(self.data["train"].captions), len(self.data["train"]) * self.frames
@@ -161,12 +162,12 @@ class Task:
     def build(self):
         """Networks and optimisers. `base` and `story.unet` share the weights that Stable Diffusion has a name for."""
         cfg = self.cfg
-        sizes = {"channels": cfg.channels, "widths": cfg.widths, "attention": cfg.attention, "resnets": cfg.resnets, "heads": cfg.heads,
-                 "context": cfg.width, "groups": cfg.groups}
+        sizes = {name: getattr(cfg, name) for name in ("channels", "widths", "attention", "resnets", "heads", "groups")}
+        sizes["context"] = cfg.width
         cell = cfg.channels, cfg.size // cfg.patch, cfg.size // cfg.patch
         extractor = ContextExtractor(cfg.width, self.cells, cell, cfg.tokens, cfg.depth, cfg.text_heads, cfg.prior)
         unet = tuned_unet(cfg.rank, cfg.alpha, cfg.mode, cfg.lora_out, cfg.lora_self, **sizes)
-        self.base = share(UNet(**sizes, kinds=(SelfAttention, PanelAttention)), unet).to(self.device)                # stage 1 pays for no LoRA
+        self.base = share(UNet(**sizes, kinds=(SelfAttention, PanelAttention)), unet).to(self.device)     # pays for no LoRA
         story = StoryImager(unet, extractor, self.board, cfg.predict, cfg.independent)
         if cfg.sd:
             vae = vae_from_official(read_state(part_of(cfg.sd, "vae"))[0]).eval().requires_grad_(False)
@@ -183,7 +184,7 @@ class Task:
         self.stage = None
         self.enter(2)
         learnt = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
-        gates = [p for name, p in learnt.items() if name.endswith(".gate")]      # one number each that has to travel from 0 to about 1
+        gates = [p for name, p in learnt.items() if name.endswith(".gate")]      # one number each, with a long way from 0
         rest = [p for name, p in learnt.items() if not name.endswith(".gate")]
         self.optimiser = torch.optim.AdamW([{"params": rest, "scale": 1.0}] + [{"params": gates, "scale": 10.0}] * bool(gates),
                                            cfg.lr, weight_decay=0.01, fused=True)
@@ -191,7 +192,8 @@ class Task:
         if cfg.base_steps:
             self.enter(1)
             learnt = [p for p in self.net.parameters() if p.requires_grad]
-            self.saved["base_optimiser"] = self.base_optimiser = torch.optim.AdamW(learnt, cfg.lr_base, weight_decay=0.01, fused=True)
+            self.base_optimiser = torch.optim.AdamW(learnt, cfg.lr_base, weight_decay=0.01, fused=True)
+            self.saved["base_optimiser"] = self.base_optimiser
 
     def enter(self, stage):
         """Which weights learn: the plain UNet and the text encoder, or (they being frozen) LoRA, gates and Context-FE."""
@@ -281,19 +283,21 @@ class Task:
         return {"frame loss" if stage == 1 else "story loss": loss.detach()}
 
     def frame_loss(self, rows, seed, alone):
-        """Stage 1: denoise unrelated frames, alone or as panels of one board, from complete captions, some from their story's sentence."""
+        """Stage 1: denoise unrelated frames, alone or as panels of one board, from complete captions, some from their story's."""
         cfg, story, batch = self.cfg, self.net["story"], len(rows)
         # Every rank draws the numbers of the whole batch and keeps its own.
         t = torch.randint(len(story.alpha_bar), (batch, self.frames), device=self.device)
         noise = torch.randn(batch, self.cells, *story.extractor.cell, device=self.device)
         own, drop = torch.rand(2, batch, self.frames)
-        mixed = torch.stack([rows.roll(f) for f in range(self.frames)], 1)     # neighbours on a board are of other stories: no context to learn
+        # Neighbours on a board are of different stories: there is no context to learn.
+        mixed = torch.stack([rows.roll(f) for f in range(self.frames)], 1)
         frames = self.data["train"].frames(rows.tolist(), seed)
         frames = torch.stack([frames[:, f].roll(f, 0) for f in range(self.frames)], 1)
         t, noise, own, drop, mixed, frames = (parallel.shard(x) for x in (t, noise, own, drop, mixed, frames))
         plain = self.data["train"].captions
         whole = self.data["train"].extra.get("complete", plain)
-        told = [["" if d < cfg.drop else (plain if o < cfg.own else whole)[row][f] for f, (row, o, d) in enumerate(zip(*each, strict=True))]
+        told = [["" if d < cfg.drop else (plain if o < cfg.own else whole)[row][f]
+                 for f, (row, o, d) in enumerate(zip(*each, strict=True))]
                 for each in zip(mixed.tolist(), own.tolist(), drop.tolist(), strict=True)]
         z0, words = self.latents(frames, sample=True), self.read(told)[0]
         t = t if alone else t[:, :1].expand_as(t)                              # one for a board
@@ -331,7 +335,7 @@ class Task:
     # -- judging ---------------------------------------------------------------------------------------------------------
 
     def draw(self, frames, told, mask, seed=0, **settings):
-        """Draw the frames where mask = 1.   frames (B, F, 3, H, W), told B lists of F sentences, mask (B, F) -> (B, F, 3, H, W)"""
+        """Draw the frames where mask = 1.   frames (B, F, 3, H, W), B lists of F sentences, mask (B, F) -> (B, F, 3, H, W)"""
         net, cfg = self.average.eval(), self.cfg
         settings = {"steps": cfg.sampler, "guidance": cfg.guidance} | settings
         z0, (words, keep), empty = self.latents(frames), self.read(told, net), self.empty(len(told), net)
@@ -387,10 +391,12 @@ class Task:
         lines = []
         for i in range(4):
             blocks = [list(zip(real[i], told[i], strict=True))] + [
-                [(x if m else outlined(x), f"{task}: {'drawn' if m else 'given'}") for x, m in zip(drawn[task][i], mask, strict=True)]
+                [(x if m else outlined(x), f"{task}: {'drawn' if m else 'given'}")
+                 for x, m in zip(drawn[task][i], mask, strict=True)]
                 for task, mask in masks.items()]
             lines += [blocks[0] + blocks[1], blocks[2] + blocks[3]]
-        panels(folder / "stories.png", lines, 96, "held-out stories, two lines each: the true frames with their sentences and all frames drawn; "
+        panels(folder / "stories.png", lines, 96,
+               "held-out stories, two lines each: the true frames with their sentences and all frames drawn; "
                "continued from the first frame, and filled in between the first and the last (given frames outlined)")
         mask = torch.ones(1, F_)
         rows = [[(x, f"seed {seed}") for x in self.draw(real[:1], told[:1], mask, seed).cpu()[0]] for seed in range(3)]
@@ -399,7 +405,8 @@ class Task:
         seen = []
         if not self.cfg.autoregressive:
             self.draw(real[:1], told[:1], mask, seen=seen)
-            gif(folder / "steps.gif", [self.board.tile(F.pad(self.pictures(z), (0, 0, 0, 0, 0, 0, 0, self.cells - F_)))[0] for z in seen])
+            blank = (0, 0, 0, 0, 0, 0, 0, self.cells - F_)
+            gif(folder / "steps.gif", [self.board.tile(F.pad(self.pictures(z), blank))[0] for z in seen])
         print(self.cost(real[:4], told[:4]))
 
     def cost(self, real, told):

@@ -41,8 +41,9 @@ class Encoder(nn.Module):
         """raises ValueError for a word it has never read, naming the nearest ones"""
         for word in words_of(text):
             if word not in self.vocabulary.ids:
-                near = difflib.get_close_matches(word, self.vocabulary.words[3:], 3, cutoff=0.5)
-                hint = f"did you mean {', '.join(near)}?" if near else f"it knows {', '.join(sorted(self.vocabulary.words[3:])[:60])}"
+                known = sorted(self.vocabulary.words[3:])
+                near = difflib.get_close_matches(word, known, 3, cutoff=0.5)
+                hint = f"did you mean {', '.join(near)}?" if near else f"it knows {', '.join(known[:60])}"
                 raise ValueError(f"the model has never read the word '{word}' of '{text[:60]}': {hint}")
         if (count := len(words_of(text)) + 1) > self.length:
             raise ValueError(f"'{text[:60]}...' has {count - 1} words, the model reads {self.length - 1} a sentence; shorten it")
