@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import parallel, report
 from data.batches import seed_from
-from data.options import fields, from_plain, parse, plain, show_help
+from data.options import fields, from_plain, page, parse, plain, show_help
 from data.weights import load_checkpoint, load_parts, save_checkpoint
 
 MODELS = {  # name: (module, Config overrides, paper, what it does, CPU-minutes)
@@ -68,7 +68,7 @@ class Run:
 
 def list_models():
     """Every model: paper, what it does, minutes, and the headline of its run in runs/, if there is one."""
-    print("python train.py NAME [--option=value ...]       NAME --help lists the options\n")
+    lines = ["python train.py NAME [--option=value ...]       NAME --help lists the options\n"]
     for group in (MODELS, HELPERS):
         for name, (module, _, paper, line, minutes) in group.items():
             here = f"{minutes:2} CPU-minutes" if module_file(module).exists() else "not here yet"
@@ -76,8 +76,9 @@ def list_models():
             if done.exists():
                 result = json.loads(done.read_text())
                 here += f", yours: {result['headline']} {result['metrics'][result['headline']]:.4f}"
-            print(f"  {name:12} {paper:23} {line:55} {here}")
-        print()
+            lines.append(f"  {name:12} {paper:23} {line:55} {here}")
+        lines.append("")
+    page(lines)
 
 
 def module_file(module):

@@ -2,6 +2,7 @@
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import sys
 
@@ -78,18 +79,27 @@ def check_ranges(config, **ranges):
             raise ValueError(f"--{name}={getattr(config, name)} is out of range: choose {least} to {most}")
 
 
+def page(lines):
+    """Print lines; where `| head` has read enough, end without a word instead of with a traceback."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())         # what is left has nowhere to go
+        sys.exit()
+
+
 def show_help(command, *configs):
     """Print every option with its default and its comment; a field of an earlier config hides a later one's."""
-    print(f"{command} [--option=value ...]\n\n{inspect.getdoc(configs[0])}\n")
-    shown = set()
+    lines, shown = [f"{command} [--option=value ...]\n\n{inspect.getdoc(configs[0])}\n"], set()
     for config in configs:
         notes = comments(config)
         for name, default in fields(config).items():
             if name not in shown:
                 shown.add(name)
                 value = ",".join(map(str, default)) if isinstance(default, tuple) else default
-                print(f"  --{f'{name}={value}':28} {notes.get(name, '')}")
-        print()
+                lines.append(f"  --{f'{name}={value}':28} {notes.get(name, '')}")
+        lines.append("")
+    page(lines)
 
 
 def plain(config):

@@ -150,6 +150,12 @@ def words_of(text):
     return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
 
 
+def hint(word, known):
+    """What to say of a word that is not known: the nearest that are, or else the first of them all."""
+    near = difflib.get_close_matches(word, known, 3, cutoff=0.5)
+    return f"did you mean {', '.join(near)}?" if near else f"it knows {', '.join(known[:160])}"
+
+
 class WordTokenizer:
     """One id a word: 0 padding, words from 1 in the given order, then start, then end as the LARGEST id.
 
@@ -169,10 +175,8 @@ class WordTokenizer:
         found = words_of(text)
         for word in found:
             if word not in self.ids:
-                near = difflib.get_close_matches(word, self.words, 3, cutoff=0.5)
-                hint = f"did you mean {', '.join(near)}?" if near else f"it knows {', '.join(self.words)}"
                 raise ValueError(f"'{word}' in '{text[:60]}' is not among the {len(self.words)} words of the "
-                                 f"built-in world: {hint}")
+                                 f"built-in world: {hint(word, self.words)}")
         return [self.ids[word] for word in found]
 
     def __call__(self, texts, truncate=False):

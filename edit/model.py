@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import parallel
+from data.weights import check_names
 from kernels.pointwise import de_combine
 
 SLOPE = 0.2
@@ -320,17 +321,10 @@ def critic_names(levels):
     return names
 
 
-def _load(model, names, state, ignored=()):
+def _load(model, names, state, where, ignored=()):
     """Copy an official state dict under our names.   raises ValueError listing what does not fit"""
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    ours = model.state_dict()
-    missing = sorted(set(names.values()) - state.keys())
-    unknown = sorted(k for k in state.keys() - set(names.values()) if not k.endswith(tuple(ignored)))
-    wrong = [f"{v} {tuple(state[v].shape)}, expected {tuple(ours[k].shape)}" for k, v in names.items()
-             if v in state and state[v].shape != ours[k].shape]
-    if missing or unknown or wrong:
-        raise ValueError(f"not an official DE-Net state dict: missing {missing[:5] or 'nothing'}, "
-                         f"unknown {unknown[:5] or 'nothing'}, misshapen {wrong[:5] or 'nothing'}")
+    state = {k.removeprefix("module."): v for k, v in state.items() if not k.endswith(tuple(ignored))}
+    check_names({names[k]: p.shape for k, p in model.state_dict().items()}, state, where)
     model.load_state_dict({k: state[v] for k, v in names.items()})
     return model
 
@@ -346,7 +340,8 @@ def from_official(net_g, net_d=None, net_c=None):
     levels, base = sum(k.endswith(".bn.weight") for k in net_g), len(net_g["ext.weight"])
     width, embed = net_g["cwp.txt_enc.main.linear1.weight"].shape
     generator = Generator(4 << levels, embed, base, width, len(net_g["up1.DCBlk.conv.weight"]))
-    _load(generator, generator_names(levels), net_g, ["DCBlk.conv.bias"])
+    _load(generator, generator_names(levels), net_g, "the official netG", ["DCBlk.conv.bias"])
     if net_d is None or net_c is None:
         return generator, None
-    return generator, _load(Critic(4 << levels, embed, base, norm=True), critic_names(levels), net_d | net_c)
+    critic = Critic(4 << levels, embed, base, norm=True)
+    return generator, _load(critic, critic_names(levels), net_d | net_c, "the official netD and netC")

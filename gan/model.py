@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from data.weights import check_names
 from kernels.pointwise import df_block
 
 SLOPE = 0.2                # of every LeakyReLU
@@ -345,17 +346,13 @@ def generator_names(state):
     return names
 
 
-def _load(model, names, state, ignored, what):
-    """Copy state into model under `names`.   raises ValueError listing missing, unknown and misshapen keys"""
-    missing = [v for v in names.values() if v not in state]
-    unknown = sorted(k for k in state.keys() - set(names.values()) if not ignored(k))
-    shapes = {k: p.shape for k, p in model.state_dict().items()}
-    wrong = [f"{v} {tuple(state[v].shape)}, expected {tuple(shapes[k])}" for k, v in names.items()
-             if v in state and state[v].numel() != shapes[k].numel()]
-    if missing or unknown or wrong or shapes.keys() != names.keys():
-        raise ValueError(f"not an official {what}: missing {missing[:5] or 'nothing'}, unknown {unknown[:5] or 'nothing'}, "
-                         f"misshapen {wrong[:5] or 'nothing'}")
-    model.load_state_dict({k: state[v].float().view(shapes[k]) for k, v in names.items()})
+def _load(model, names, state, ignored, where):
+    """Copy state into model under `names`; a number may be stored as (1,).   raises ValueError listing what does not fit"""
+    shapes = {theirs: model.state_dict()[ours].shape for ours, theirs in names.items()}
+    state = {k: v.float().view(shapes[k]) if k in shapes and v.numel() == shapes[k].numel() else v
+             for k, v in state.items() if k in shapes or not ignored(k)}
+    check_names(shapes, state, where)
+    model.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
     return model
 
 
@@ -380,7 +377,8 @@ def generator_from_official(net_g, patch=32):
         raise ValueError(f"not an official netG: missing {error.args[0]}") from None
     bridge = channels, hidden, _count(state, "mapping.FBlocks.")
     model = Generator(clip_width, grid, patch, condition - noise, noise, base, bridge, tuple(range(1, prompts + 1)))
-    return _load(model, generator_names(state), state, lambda k: k.startswith("mapping.CLIP_ViT."), "netG"), tower
+    return _load(model, generator_names(state), state, lambda k: k.startswith("mapping.CLIP_ViT."),
+                 "the official netG"), tower
 
 
 def critic_from_official(net_d, net_c, taps=(1, 4, 8)):
@@ -402,4 +400,4 @@ def critic_from_official(net_d, net_c, taps=(1, 4, 8)):
         names |= {f"extract.steps.{i}.{layer}.weight": f"DBlocks.{i}.conv_r.{layer}.weight" for i in range(steps)}
     model = Critic(clip_width, grid, joint - channels, taps[: steps + 1], channels, hidden)
     dead = lambda k: k.endswith((".gamma", ".beta")) or (k.startswith("DBlocks.") and ".conv_s." in k)  # noqa: E731
-    return _load(model, names, d | c, dead, "netD and netC")
+    return _load(model, names, d | c, dead, "the official netD and netC")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from data.weights import check_names
 from kernels.attention import frame_story_attention
 from story.unet import CrossAttention, SelfAttention, UNet
 
@@ -349,9 +350,8 @@ def freeze_base(unet):
 def load_base(unet, state_dict):
     """Stable Diffusion (or single-frame) weights into a tuned UNet.   raises ValueError listing what does not fit"""
     ours = unet.state_dict()
-    base = {k for k in ours if not any(part in k for part in (".lora.", ".frame.", ".story.")) and not k.endswith(".gate")}
-    wrong = sorted(base ^ set(state_dict)) or [k for k in base if ours[k].shape != state_dict[k].shape]
-    if wrong:
-        raise ValueError(f"not the weights of this UNet in the diffusers layout: missing, unknown or misshapen {wrong[:5]}")
+    base = {k: p.shape for k, p in ours.items()
+            if not any(part in k for part in (".lora.", ".frame.", ".story.")) and not k.endswith(".gate")}
+    check_names(base, state_dict, "the UNet in the diffusers layout")
     unet.load_state_dict(state_dict, strict=False)
     return unet

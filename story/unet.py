@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from data.weights import load_checked
+
 
 def sinusoid(t, width):
     """Timestep embedding: cosines first, then sines, f_k = 10000^(-k / (width/2)).   t (B,) -> (B, width) float32"""
@@ -251,9 +253,4 @@ def from_official(state_dict, heads=8, groups=32):
     except KeyError as error:
         raise ValueError(f"not a diffusers UNet: {error.args[0]} is missing") from None
     model = UNet(channels, widths, attention, count("down_blocks.0.resnets."), heads, context, groups)
-    ours = model.state_dict()
-    wrong = sorted(set(ours) ^ set(state_dict)) or [k for k in ours if ours[k].shape != state_dict[k].shape]
-    if wrong:
-        raise ValueError(f"not a diffusers UNet: missing, unknown or misshapen {wrong[:5]}")
-    model.load_state_dict(state_dict)
-    return model
+    return load_checked(model, state_dict, "the UNet in the diffusers layout")

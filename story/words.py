@@ -5,14 +5,13 @@
 `Encoder` is small, is trained together with the single-frame model (stage 1), then frozen as Stable Diffusion's is.
 `Published` is that one: CLIP's text tower with its byte pairs, read from a diffusers folder.
 """
-import difflib
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from data import clip
-from data.text import BytePairs, Vocabulary, read_merges, words_of
+from data.text import BytePairs, Vocabulary, hint, read_merges, words_of
 from data.towers import TextTower
 from data.world import WORDS
 
@@ -42,9 +41,7 @@ class Encoder(nn.Module):
         for word in words_of(text):
             if word not in self.vocabulary.ids:
                 known = sorted(self.vocabulary.words[3:])
-                near = difflib.get_close_matches(word, known, 3, cutoff=0.5)
-                hint = f"did you mean {', '.join(near)}?" if near else f"it knows {', '.join(known[:60])}"
-                raise ValueError(f"the model has never read the word '{word}' of '{text[:60]}': {hint}")
+                raise ValueError(f"the model has never read the word '{word}' of '{text[:60]}': {hint(word, known)}")
         if (count := len(words_of(text)) + 1) > self.length:
             raise ValueError(f"'{text[:60]}...' has {count - 1} words, the model reads {self.length - 1} a sentence; shorten it")
 

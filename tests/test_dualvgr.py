@@ -150,10 +150,10 @@ def test_full_size_has_the_published_number_of_parameters(cycles):
 def test_a_wrong_state_dict_is_named_key_by_key():
     state = official_dict()
     del state["output_unit.question_proj.bias"]
-    with pytest.raises(ValueError, match=r"missing \['output_unit.question_proj.bias'\], unknown \['extra'\]"):
+    with pytest.raises(ValueError, match="1 missing: output_unit.question_proj.bias; 1 unknown: extra"):
         from_official(state | {"extra": torch.zeros(1)})
     state = official_dict() | {"output_unit.question_proj.bias": torch.zeros(5)}
-    with pytest.raises(ValueError, match=r"question_proj.bias \(5,\), expected \(32,\)"):
+    with pytest.raises(ValueError, match=r"question_proj.bias \(5,\) instead of \(32,\)"):
         from_official(state)
 
 

@@ -103,7 +103,7 @@ def test_with_a_closed_gate_on_one_cell_it_is_stable_diffusions_unet():
     z, t, words = torch.randn(2, 4, 4, 4), torch.tensor([3, 700]), torch.randn(2, LENGTH, 12)
     story = Story(words[:, None], torch.randn(2, 3, 12), (1, 1))
     torch.testing.assert_close(tuned(z, t, story), base(z, t, words), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="missing, unknown or misshapen .'conv_in.bias'"):
+    with pytest.raises(ValueError, match="diffusers layout does not fit: 1 missing: conv_in.bias"):
         load_base(tuned, {k: v for k, v in base.state_dict().items() if k != "conv_in.bias"})
 
 
@@ -437,7 +437,7 @@ def test_the_unet_computes_what_stable_diffusions_layout_says(attention):
     with torch.no_grad():
         ours, slow = model(z, t, words), Slow(double, 2, 4, 1e-5).unet(z, t, words)
     torch.testing.assert_close(ours, slow, rtol=1e-5, atol=1e-5 * float(slow.abs().max()))
-    with pytest.raises(ValueError, match="missing, unknown or misshapen .'conv_out.bias'"):
+    with pytest.raises(ValueError, match="diffusers layout does not fit: 1 missing: conv_out.bias"):
         unet_from_official({k: v for k, v in state.items() if k != "conv_out.bias"}, heads=2, groups=4)
     with pytest.raises(ValueError, match="not a diffusers UNet"):
         unet_from_official({f"model.diffusion_model.{k}": v for k, v in state.items()})

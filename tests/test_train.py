@@ -192,6 +192,16 @@ def test_help_shows_every_field_with_its_comment(capsys):
     assert "--width=4" in out and "inputs" in out and "--amp=False" in out and "bfloat16 autocast" in out
 
 
+def test_help_that_nobody_reads_to_the_end_ends_quietly():
+    """`... --help | head -1`: the reader is gone before the page is printed."""
+    script = "import sys; sys.stdin.read(); from data import options; options.page(['a line'] * 100_000)"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    process.stdin.close()
+    assert (process.stderr.read(), process.wait()) == ("", 0)
+
+
 def test_a_verb_takes_words_first_and_answers_mistakes_with_a_sentence(capsys, monkeypatch):
     assert options.words_first(["a b", "c", "--width=3"]) == (["a b", "c"], ["--width=3"])
     assert options.options_of(["--width=3"], toy.Config, "python -m toy").width == 3

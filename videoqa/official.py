@@ -5,6 +5,7 @@ a graph, are one tensor, so an entry of ours is made of one or of many entries o
 """
 import torch
 
+from data.weights import check_names
 from videoqa.model import DualVGR
 
 
@@ -55,10 +56,8 @@ def from_official(state_dict):
     heads = 1 + max((int(k.split("attention_")[1].split(".")[0]) for k in state_dict if ".acGCN.0.attention_" in k), default=0)
     names, wanted = official_names(cycles, heads), set()
     each(tuple(names.values()), wanted.add)
-    missing, unknown = sorted(wanted - state_dict.keys()), sorted(state_dict.keys() - wanted)
-    if missing or unknown:
-        raise ValueError(f"not an official DualVGR state dict: missing {missing[:5] or 'nothing'}, "
-                         f"unknown {unknown[:5] or 'nothing'}")
+    where = "the official DualVGR state dict"
+    check_names({name: state_dict[name].shape if name in state_dict else () for name in wanted}, state_dict, where)
     vocabulary, word_width = state_dict["linguistic_input_unit.encoder_embed.weight"].shape
     width, features = state_dict["visual_motion_input_unit.weight"].shape
     answers = len(state_dict["output_unit.classifier.5.bias"])
@@ -78,8 +77,8 @@ def from_official(state_dict):
         except RuntimeError:
             shape = "of several shapes"
         if shape != tuple(p.shape):
-            wrong.append(f"{names[name]} {shape}, expected {tuple(p.shape)}")
+            wrong.append(f"{names[name]} {shape} instead of {tuple(p.shape)}")
     if wrong:
-        raise ValueError("misshapen keys: " + "; ".join(wrong[:5]))
+        raise ValueError(f"{where} does not fit: {len(wrong)} misshapen: {', '.join(wrong[:6])}")
     model.load_state_dict(ours)
     return model
