@@ -4,8 +4,11 @@ import json
 import math
 import re
 import statistics
+import weakref
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data.pictures import curves
 
@@ -79,6 +82,27 @@ def profile(task, seed, rows):
             task.update(batch, step)
     order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=40))
+
+
+class Peak(TorchDispatchMode):
+    """`with Peak() as peak: ...`, then peak.bytes: the most that tensors made inside held at one time, on any device."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.bytes = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def blocks(tree):
+            return {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
+
+        out = function(*args, **(kwargs or {}))
+        old = blocks((args, kwargs)).keys() | self.live.keys()           # a view or an in-place operation makes nothing new
+        for place, storage in blocks(out).items():
+            if place not in old:
+                self.live[place] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, place, None)
+        self.bytes = max(self.bytes, sum(self.live.values()))
+        return out
 
 
 def shape_of(value):

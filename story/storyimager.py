@@ -280,15 +280,16 @@ class StoryImager(nn.Module):
         story = Story(words[:, board.frames()], context, (board.rows, board.cols))
         return board.cut(self.unet(board.tile(z + prior), t, story))
 
-    def loss(self, z0, words, keep, mask, t, noise, cells=None):
+    def loss(self, z0, words, keep, mask, t, noise, weight=1.0, cells=None):
         """Mean squared error on the cells to be drawn; given cells hold no noise and count for nothing.   -> scalar
 
+        weight  (c, 1, 1) or a number: how much each channel counts
         cells   how many cells to divide by, if not those of this mask: a shard divides by its part of the whole batch's
         """
         a = self.alpha_bar[t].view(-1, 1, 1, 1, 1)
         m = mask[:, :, None, None, None]
         z = m * (a.sqrt() * z0 + (1 - a).sqrt() * noise) + (1 - m) * z0
-        error = (self.denoise(z, t, words, keep, mask) - targets(z0, noise, a, self.predict)).square() * m
+        error = (self.denoise(z, t, words, keep, mask) - targets(z0, noise, a, self.predict)).square() * m * weight
         return error.sum() / ((mask.sum() if cells is None else cells) * z0[0, 0].numel())
 
     @torch.no_grad()

@@ -22,9 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import parallel, stories, views
 from data.batches import batch_rows, generator, seed_from
-from data.options import check_words
+from data.options import check_ranges, check_words
 from data.pictures import gif, panels
 from data.reader import reader
+from data.report import Peak
 from data.vae import Components
 from data.vae import from_official as vae_from_official
 from data.weights import load_checkpoint, read_state
@@ -67,7 +68,7 @@ class Config:
     batch: int = 16                  # stories in a step
     size: int = 64                   # pixels of a frame's side
     patch: int = 16                  # block of pixels that becomes a latent pixel (SD: its autoencoder, 8)
-    channels: int = 64               # principal components of a block that become its channels (SD: 4)
+    channels: int = 128              # principal components of a block that become its channels (SD: 4)
     frames: int = 4                  # builtin: frames of a story
     board_rows: int = 2              # rows of the board
     order: str = "column"            # frames run down the columns (Fig. 2), or row by row
@@ -93,6 +94,8 @@ class Config:
     independent: bool = False        # rival: frames that never see each other
     autoregressive: bool = False     # rival: frame by frame, each from the frames and sentences before it
     predict: str = "picture"         # the network predicts noise (SD), v or the picture (both: the schedule ends in pure noise)
+    noisy: float = 3.0               # stage 2 draws its step as T (1 - u^noisy), u uniform; 1: all alike (the usual way)
+    loud: float = 0.5                # channels count in the losses by this power of their size in pixels; 0: alike (the usual way)
     lr_base: float = 1.5e-3          # AdamW step size of stage 1
     lr: float = 1e-3                 # AdamW step size of stage 2 (at SD's size: 1e-4)
     ema: float = 0.99                # decay of the averaged weights that draw and are judged
@@ -106,6 +109,7 @@ class Config:
     def __post_init__(self):
         check_words(self, mode=("both", "frame", "story", "joint"), prior=("cell", "constant", "none"), order=("column", "row"),
                     lora_out=("shared", "separate"), predict=("noise", "v", "picture"))
+        check_ranges(self, noisy=(0.1, 100), loud=(0, 2))
         if unknown := set(self.tasks) - set(TASKS):
             raise ValueError(f"--tasks={','.join(self.tasks)}: {', '.join(sorted(unknown))} is unknown; choose from "
                              f"{', '.join(TASKS)}")
@@ -120,7 +124,8 @@ def paper(name):
     if name != "sd":
         raise ValueError(f"--paper={name} is unknown; there is sd")
     return {"size": 256, "patch": 8, "channels": 4, "widths": (320, 640, 1280, 1280), "attention": (True, True, True, False),
-            "resnets": 2, "heads": 8, "groups": 32, "width": 768, "length": 77, "predict": "noise", "peft": True, "lr": 1e-4,
+            "resnets": 2, "heads": 8, "groups": 32, "width": 768, "length": 77, "predict": "noise", "noisy": 1.0, "loud": 0.0,
+            "peft": True, "lr": 1e-4,
             "ema": 0.999, "base_steps": 0, "steps": 20_000, "anneal": 20_000, "eval_every": 2000, "sampler": 50, "guidance": 6.0}
 
 
@@ -243,6 +248,11 @@ class Task:
         z = z[:, : self.frames]
         return self.average["vae"].decode(z.flatten(0, 1)).unflatten(0, z.shape[:2]).clamp(-1, 1)
 
+    def weight(self):
+        """How much a latent channel counts in the losses, 1 on average.   -> (c, 1, 1); (1, 1, 1) for a published autoencoder"""
+        scale = getattr(self.average["vae"], "scale", torch.ones(1, device=self.device)) ** self.cfg.loud
+        return (scale / scale.mean())[:, None, None]
+
     def read(self, told, net=None):
         """B lists of F sentences -> words (B, cells, L, D), keep (B, cells, L)"""
         texts = [text for story in told for text in [*story, *[""] * (self.cells - len(story))]]
@@ -308,12 +318,15 @@ class Task:
                               words.flatten(0, 1)[:, None]).view_as(z)
         else:
             out = draw_panels(self.base, self.board, z, t[:, 0], words)
-        return F.mse_loss(out[:, : self.frames], targets(z0, noise, a, cfg.predict)[:, : self.frames])
+        error = (out - targets(z0, noise, a, cfg.predict)).square() * self.weight()
+        return error[:, : self.frames].mean()
 
     def story_loss(self, rows, seed):
         """Stage 2: denoise the frames that a random task asks for, on one board with the given ones."""
         cfg, story, batch = self.cfg, self.net["story"], len(rows)
-        t = torch.randint(len(story.alpha_bar), (batch,), device=self.device)
+        # Who "it" is can be read from a frame until nearly all of it is noise: only the last steps ask the context.
+        steps = len(story.alpha_bar)
+        t = (steps * (1 - torch.rand(batch, device=self.device) ** cfg.noisy)).long().clamp(max=steps - 1)
         noise = torch.randn(batch, self.cells, *story.extractor.cell, device=self.device)
         if cfg.autoregressive:
             last = torch.randint(self.frames, (batch,))
@@ -330,7 +343,7 @@ class Task:
         z0, (words, keep) = self.latents(data.frames(mine, seed), sample=True), self.read(told)
         if cfg.autoregressive:
             z0, words, keep = past_only(z0, words, keep, self.empty(1), parallel.shard(last).to(self.device))
-        return story.loss(z0, words, keep, self.mask(mask), t, noise, cells)
+        return story.loss(z0, words, keep, self.mask(mask), t, noise, self.weight(), cells)
 
     # -- judging ---------------------------------------------------------------------------------------------------------
 
@@ -410,17 +423,18 @@ class Task:
         print(self.cost(real[:4], told[:4]))
 
     def cost(self, real, told):
-        """CPU-seconds and multiply-adds of one story: whole board at once against frame after frame."""
+        """CPU-seconds, multiply-adds and memory of one story: whole board at once against frame after frame."""
         net, mask = self.average.eval(), torch.ones(len(real), self.frames)
         z0, (words, keep), empty = self.latents(real), self.read(told, net), self.empty(len(told), net)
         parts = []
         for name, sample in (("whole board", StoryImager.sample), ("frame by frame", sample_in_order)):
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False) as counter, Peak() as peak:
                 sample(net["story"], z0[:1], words[:1], keep[:1], self.mask(mask)[:1], [x[:1] for x in empty], steps=1)
             began = time.process_time()
             sample(net["story"], z0, words, keep, self.mask(mask), empty, steps=self.cfg.sampler)
             seconds = (time.process_time() - began) / len(real)
-            parts.append(f"{name} {seconds:.3f} CPU-s, {counter.get_total_flops() * self.cfg.sampler / 1e9:.2f} GFLOP")
+            parts.append(f"{name} {seconds:.3f} CPU-s, {counter.get_total_flops() * self.cfg.sampler / 1e9:.2f} GFLOP, "
+                         f"{peak.bytes / 2**20:.2f} MiB")
         return f"cost of a story, {self.cfg.sampler} steps at the same {self.cfg.size} px a frame: " + "; ".join(parts)
 
 

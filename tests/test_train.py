@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from data import options
+from data import options, report
 from data.batches import train_quietly
 from data.options import parse
 from tests import toy
@@ -149,6 +149,18 @@ def test_ablate_writes_means_differences_chance_and_the_papers_numbers(capsys):
     assert Path("runs/toy-default-full-s1/result.json").stat().st_mtime_ns == stamp, "a finished row was repeated"
     with pytest.raises(ValueError, match="no row 'nothing'; the rows are full; w/o noise"):
         train.main(["toy", "--ablate", "--rows=nothing"])
+
+
+def test_peak_counts_what_lives_at_one_time():
+    weight = torch.zeros(1000)                               # made outside: not counted, nor are views and in-place results
+    with report.Peak() as peak:
+        a = [weight + n for n in range(5)]
+        b = torch.cat(a).view(50, 100)
+        del a
+        b.mul_(2)
+        assert peak.bytes == 4 * 10_000                      # five pieces and what they were joined to
+        b = b * 2 + weight[:100]
+    assert peak.bytes == 4 * 15_000                          # the pieces are gone: b, 2 b and their sum
 
 
 def test_summary_and_profile_print_tables(capsys):
