@@ -1,4 +1,4 @@
-"""What a run tells its reader: the log, curve.png, ablation.md, --profile and --summary."""
+"""What a run tells its reader: the log, curve.png, ablation.md, --profile, --summary, and how much memory something takes."""
 import inspect
 import json
 import math

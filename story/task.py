@@ -104,7 +104,7 @@ class Config:
     own: float = 0.25                # builtin, stage 1: share of frames with the story's sentence, not the complete caption
     sampler: int = 10                # DDIM steps
     guidance: float = 1.0            # classifier-free guidance when judging
-    judged: tuple = (48, 128)        # stories judged for validation and for test
+    judged: tuple = (128, 128)       # stories judged for validation and for test
 
     def __post_init__(self):
         check_words(self, mode=("both", "frame", "story", "joint"), prior=("cell", "constant", "none"), order=("column", "row"),
