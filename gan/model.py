@@ -348,10 +348,13 @@ def generator_names(state):
 
 def _load(model, names, state, ignored, where):
     """Copy state into model under `names`; a number may be stored as (1,).   raises ValueError listing what does not fit"""
-    shapes = {theirs: model.state_dict()[ours].shape for ours, theirs in names.items()}
+    ours = model.state_dict()
+    shapes = {theirs: ours[name].shape for name, theirs in names.items() if name in ours}
     state = {k: v.float().view(shapes[k]) if k in shapes and v.numel() == shapes[k].numel() else v
              for k, v in state.items() if k in shapes or not ignored(k)}
     check_names(shapes, state, where)
+    if ours.keys() != names.keys():                          # such as a block whose shortcut was expected
+        raise ValueError(f"{where} does not fit: it has no {', '.join(sorted(ours.keys() ^ names.keys())[:6])}")
     model.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
     return model
 

@@ -335,6 +335,9 @@ def sample_in_order(story, z0, words, keep, mask, empty, **settings):
     return z0
 
 
+ADDED = (".lora.", ".frame.", ".story.")       # in the names of what stage 2 adds to the base, beside its gates
+
+
 def tuned_unet(rank=16, alpha=16, mode="both", out="shared", lora_self=True, **sizes):
     """A UNet whose cross-attentions are frame-story attentions; base weights load under their own names."""
     tuned = functools.partial(TunedSelfAttention, rank=rank, alpha=alpha) if lora_self else SelfAttention
@@ -344,15 +347,14 @@ def tuned_unet(rank=16, alpha=16, mode="both", out="shared", lora_self=True, **s
 def freeze_base(unet):
     """Train only LoRA sets and gates: everything under a name of Stable Diffusion is frozen."""
     for name, p in unet.named_parameters():
-        added = any(part in name for part in (".lora.", ".frame.", ".story."))
+        added = any(part in name for part in ADDED)
         p.requires_grad_(added or (name.endswith(".gate") and p.requires_grad))
 
 
 def load_base(unet, state_dict):
     """Stable Diffusion (or single-frame) weights into a tuned UNet.   raises ValueError listing what does not fit"""
     ours = unet.state_dict()
-    base = {k: p.shape for k, p in ours.items()
-            if not any(part in k for part in (".lora.", ".frame.", ".story.")) and not k.endswith(".gate")}
+    base = {k: p.shape for k, p in ours.items() if not any(part in k for part in ADDED) and not k.endswith(".gate")}
     check_names(base, state_dict, "the UNet in the diffusers layout")
     unet.load_state_dict(state_dict, strict=False)
     return unet
