@@ -15,16 +15,19 @@ from itertools import islice
 import torch
 from torch.nn import functional as F
 
-from data import clip, edits, parallel, views
-from data.batches import batch_rows
-from data.metrics import frechet_distance, l1_outside, roc_auc, ssim
+from data import clip, edits, parallel
+from data.batches import batch_rows, generator
+from data.metrics import roc_auc
 from data.options import check_words
 from data.pictures import curves, panels
-from data.reader import agree, reader
+from data.reader import reader
 from data.text import BytePairs, Vocabulary, read_merges, words_of
+from edit.judge import measure, summarise
 from edit.model import Critic, Generator, SentenceLSTM
+from edit.spoil import most_hurt, restored, spoil
 from kernels.attribution import show
 
+KINDS = ("recolour", "background", "retexture", "reshape", "add", "remove")         # as tables and pictures list them
 JUDGED = 300                            # edits of the validation split that are looked at; twice as many of test
 
 
@@ -36,8 +39,8 @@ class Config:
     root: str = ""                  # folder of the real data
     pairs: float = 0.0              # share of built-in pictures with a second thing (add, remove: always two)
     seed: int = 0                   # random seed
-    steps: int = 1800               # optimiser steps
-    eval_every: int = 450           # steps between evaluations
+    steps: int = 1400               # optimiser steps
+    eval_every: int = 350           # steps between evaluations
     batch: int = 16                 # pictures edited in a step, B (the paper: 32)
     size: int = 64                  # pixels of a side: 4 x a power of two (the paper: 256)
     base: int = 8                   # channels of the editor at full size, n (the paper: 32)
@@ -52,9 +55,10 @@ class Config:
     merges: str = ""                # CLIP's vocabulary file, for --clip
     lr: float = 1e-3                # Adam step size of the editor (the paper: 1e-4)
     critic_lr: float = 1e-3         # Adam step size of the critic (the paper: 4e-4)
-    similar: float = 0.5            # weight of CLIP's agreement with the sentence against the true one that it replaces
-    still: float = 0.5              # weight of CLIP's agreement with what the edit leaves as it was (ours)
-    own: float = 4.0                # weight of L1: the picture's own sentence must give the picture back
+    similar: float = 0.3            # weight of CLIP's agreement with the sentence against the true one that it replaces
+    still: float = 0.3              # weight of CLIP's agreement with what the edit leaves as it was (ours)
+    own: float = 8.0                # weight of L1: a true sentence must give the picture back
+    spoil: bool = True              # ... from a spoilt copy of it (ours, edit/spoil.py); off: from the picture itself
     keep: float = 1.0               # weight of the share of pixels that an edit changes (ours)
     penalty: float = 2.0            # weight k of the matching-aware gradient penalty
     penalty_every: int = 4          # steps between penalties, each weighted by as much (DF-GAN: 1)
@@ -76,8 +80,8 @@ def paper(name):
         raise ValueError(f"--paper={name} is unknown; there are birds, coco")
     epoch = {"birds": 8855, "coco": 82783}[name] // 32
     return {"data": name, "size": 256, "base": 32, "critic_base": 32, "code_width": 256, "batch": 32, "lr": 1e-4,
-            "critic_lr": 4e-4, "text": "lstm", "penalty_every": 1, "average": 0.0, "similar": 0.0, "still": 0.0,
-            "copy_start": False, "near": False, "more": 0, "eval_every": 5 * epoch, "steps": 300 * epoch}
+            "critic_lr": 4e-4, "text": "lstm", "penalty_every": 1, "average": 0.0, "similar": 0.0, "still": 0.0, "own": 4.0,
+            "spoil": False, "copy_start": False, "near": False, "more": 0, "eval_every": 5 * epoch, "steps": 300 * epoch}
 
 
 # -- sentences ----------------------------------------------------------------------------------------------------------
@@ -131,6 +135,11 @@ class Sentences(torch.nn.Module):
         """CLIP's cosine of pictures with one or more sentences each, differentiable in the pictures.   -> (T, B)"""
         embedding = self.clip[0].encode_image(clip.standard(pictures, self.clip[0].size))[1]
         return torch.stack([F.cosine_similarity(embedding, self.by_clip(some)) for some in texts])
+
+    def logits(self, pictures, said):
+        """CLIP's logits of pairs of true and false sentences.   -> (T, 2, B)"""
+        found = self.agreement(pictures, *(texts for pair in said for texts in pair))
+        return self.clip[0].logit_scale.exp() * found.unflatten(0, (len(said), 2))
 
 
 def whitening(x, least=0.01):
@@ -206,14 +215,13 @@ def changed_share(edited, source, small=0.1):
 class Task:
     """The editor, its critic and its judges; see STYLE of the contract in train.py."""
 
-    headline, better = "changed", "higher"
-    table = ("changed", "recolour changed", "background changed", "retexture changed", "reshape changed", "add changed",
-             "remove changed", "kept L1", "kept SSIM", "success")
+    headline, better = "success", "higher"
+    table = ("success", "changed", *(f"{kind} changed" for kind in KINDS), "kept L1", "kept SSIM")
     ablations = {
         "full": {}, "fixed composition": {"composition": "fixed"}, "static convolution": {"dynamic": False},
         "spatial only": {"composition": "spatial"}, "channel only": {"composition": "channel"},
         "w/o semantic decoder": {"semantic": False}, "w/o CLIP similarity": {"similar": 0.0, "still": 0.0},
-        "w/o what stays": {"still": 0.0},
+        "w/o spoilt pictures": {"spoil": False}, "w/o what stays": {"still": 0.0},
         "w/o own sentence": {"own": 0.0}, "w/o keep": {"keep": 0.0}, "rolled sentences": {"near": False, "more": 0},
         "w/o mean of weights": {"average": 0.0}, "learnt text encoder": {"text": "lstm"},
     }
@@ -235,7 +243,7 @@ class Task:
         self.judge = reader().to(device)
         self.known = cfg.data == "builtin"
         self.headline = Task.headline if self.known else "asked"
-        self.chance = self.score("test", copy_source) if self.known else {}
+        self.chance = self.score("test", lambda part: part["source"]) if self.known else {}
         self.next = 'python -m edit.sample photo.png "the heart is green"'
 
     # -- one step -------------------------------------------------------------------------------------------------------
@@ -248,12 +256,15 @@ class Task:
             said = train.said(rows, seed + t, cfg.more)
             if not cfg.near:                                 # rolled, as in DF-GAN: the next picture's true sentence
                 said = [(true, true[1:] + true[:1]) for true, _ in said]
-            yield train.source(rows), said, train.target(rows) if cfg.oracle else None
+            source = train.source(rows)
+            spoilt = spoil(source, generator(seed, t)) if cfg.spoil else source
+            yield source, spoilt, said, train.target(rows) if cfg.oracle else None
 
     def update(self, batch, step):
         """Critic: real and true up, real and false or edited down. Editor: fool it, obey the sentence, keep the rest."""
-        cfg, (source, said, target) = self.cfg, batch
-        source = parallel.shard(source).to(self.device).contiguous(memory_format=torch.channels_last)
+        cfg, (source, spoilt, said, target) = self.cfg, batch
+        source, spoilt = (parallel.shard(x).to(self.device).contiguous(memory_format=torch.channels_last)
+                          for x in (source, spoilt))
         said = [(parallel.shard(true), parallel.shard(false)) for true, false in said]
         vectors = self.read([text for pair in said for texts in pair for text in texts])
         vectors = vectors.unflatten(0, (len(said), 2, -1))                       # (1 + more, 2, B, E)
@@ -276,12 +287,12 @@ class Task:
         self.critic.requires_grad_(False)
         terms = {"fool": -self.critic(edited, asked).mean(), "keep": cfg.keep * changed_share(edited, source)}
         if cfg.own:
-            half = encoded[0][::2], [x[::2] for x in encoded[1]], [x[::2] for x in encoded[2]]       # enough, and cheaper
-            terms["own"] = cfg.own * (self.editor.edit(half, own[::2]) - source[::2]).abs().mean()
+            given, pair = self.lesson(source, spoilt, said)
+            back = self.editor(given, vectors[pair, 0, torch.arange(len(pair), device=self.device)].detach())
+            elsewhere = 2.0 if cfg.spoil and 4 * step >= 3 * cfg.steps else 1.0   # first learn to change, then to keep
+            terms["own"] = cfg.own * restored(back, source, given, elsewhere).mean()
         if (cfg.similar or cfg.still) and self.read.clip:
-            texts = [texts for pair in said for texts in pair]
-            logits = self.read.clip[0].logit_scale.exp() * self.read.agreement(edited, *texts)
-            true, false = logits.unflatten(0, (len(said), 2)).unbind(1)                        # (1 + more, B) each
+            true, false = self.read.logits(edited, said).unbind(1)                             # (1 + more, B) each
             terms["similar"] = -cfg.similar * F.logsigmoid(false[0] - true[0]).mean()          # the wish, not what was so
             if cfg.still and len(said) > 1:
                 terms["still"] = -cfg.still * F.logsigmoid(true[1:] - false[1:]).mean()        # and all else as it was
@@ -290,6 +301,15 @@ class Task:
         parallel.descend(self.optimiser, sum(terms.values()))
         self.follow(step)
         return losses | {name: term.detach() for name, term in terms.items()}
+
+    @torch.no_grad()
+    def lesson(self, source, spoilt, said):
+        """Which pictures to restore, and by which of their true sentences: by the one that CLIP finds most hurt. If it finds
+        none the picture stays whole; without CLIP it is the first.   -> pictures (B, 3, S, S), (B,) int64"""
+        if not self.cfg.spoil or not self.read.clip:
+            return spoilt, torch.zeros(len(source), dtype=torch.long, device=source.device)
+        pair, hurt = most_hurt(self.read.logits(source, said), self.read.logits(spoilt, said))
+        return torch.where(hurt[:, None, None, None], spoilt, source), pair * hurt
 
     @torch.no_grad()
     def follow(self, step):
@@ -334,10 +354,11 @@ class Task:
 
     @torch.no_grad()
     def sample(self, folder):
-        """edits.png: held-out edits, three of each kind. weights.png: how the manipulations are composed, by kind."""
+        """edits.png: held-out edits, three of each kind. lessons.png: spoilt pictures, what was asked for and what was given
+        back. weights.png: how the manipulations are composed, by kind."""
         data, shown = self.data["test"], []
         kinds = [data.kinds[row] for row in range(min(len(data), 2 * JUDGED))]
-        for kind in dict.fromkeys(sorted(kinds, key=views.EDITS.index if self.known else None)):
+        for kind in dict.fromkeys(sorted(kinds, key=KINDS.index if self.known else None)):
             shown += [row for row, k in enumerate(kinds) if k == kind][: 3 if self.known else 9]
         source, asked = data.source(shown), data.said(shown)[0][1]
         edited = self.edit(source, asked).cpu()
@@ -348,6 +369,13 @@ class Task:
         cells = [[(pictures[i], texts[i]) for pictures, texts in columns] for i in range(len(shown))]
         per_row = max(1, 12 // len(columns))
         panels(folder / "edits.png", [sum(cells[i : i + per_row], []) for i in range(0, len(cells), per_row)], size=72)
+        rows = range(min(len(data), 12))
+        source, said = data.source(rows), data.said(rows, 0, self.cfg.more)
+        given, pair = self.lesson(source.to(self.device), spoil(source, generator(0)).to(self.device), said)
+        asked = [said[p][0][row] for row, p in enumerate(pair.tolist())]
+        back = self.edit(given, asked).cpu()
+        cells = [[(source[row], "picture"), (given[row], "given"), (back[row], asked[row])] for row in rows]
+        panels(folder / "lessons.png", [sum(cells[i : i + 4], []) for i in rows[::4]], size=72)
         self.draw_weights(folder / "weights.png", kinds)
 
     def draw_weights(self, path, kinds):
@@ -367,81 +395,3 @@ class Task:
             areas = [roc_auc(levels[told, k], colour[told]) for k in range(len(xs))]
             charts.append(("AUC of w: colour edits above shape edits", {"AUC": (xs, areas)}, {"chance": 0.5}))
         curves(path, charts, xlabel="DEBlock, coarse to fine")
-
-
-def copy_source(part):
-    return part["source"]
-
-
-def measure(part, data, rows, task):
-    """What is measured on each of some edits.   -> {name: (B,)}, and features of the judge"""
-    source, edited = part["source"], part["edited"].clamp(-1, 1)
-    found = {"L2": (edited - source).square().mean((1, 2, 3)), "features": task.judge.features(edited)}
-    if task.read.clip:
-        found["CLIP score"] = task.read.agreement(edited, part["asked"])[0]
-        found["MP"] = (1 - found["L2"]) * found["CLIP score"]                  # manipulative precision as published
-    sentence = task.read(part["asked"])                      # does the critic tell true from false on real pictures?
-    found["matched"] = (task.critic(source, task.read(part["true"])) > task.critic(source, sentence)).float()
-    if not task.known:
-        found["asked"] = (task.critic(edited, sentence) > task.critic(source, sentence)).float()
-    if "target" in part:
-        found["real"] = task.judge.features(part["target"])
-        found["error"] = (edited - part["target"]).abs().mean((1, 2, 3))
-    if data.mask:
-        mask = data.mask(rows).to(edited.device)
-        found |= {"kept L1": l1_outside(edited, source, mask), "kept SSIM": ssim(edited, source, mask)}
-    if data.view:
-        found |= {name: x for name, x in verdict(task.judge(edited), data.view(rows)).items()}
-    return found
-
-
-def verdict(reading, view):
-    """What the reader says of edits.   -> changed, rest: (B,) in {0, 1}
-
-    changed  the one thing the sentence asks for is there. Added: shape, colour and texture, anywhere (the size is
-             relative); removed: as many things as should be left, the other one among them
-    rest     everything else the reader can read is as it was, so nothing else was changed
-    """
-    before, after, kind, rows = view["before"], view["after"], view["kind"], torch.arange(len(view["kind"]))
-    reading = {name: x.cpu() for name, x in reading.items()}
-    placed, anywhere, slot = agree(reading, after), agree(reading, after, where=False), view["object"].clamp(min=0)
-    changed, rest = torch.zeros(2, len(rows), dtype=torch.bool)
-    for name, attribute in views.CHANGES.items():
-        now = kind == views.EDITS.index(name)
-        others = [placed[a] | ~after["present"] for a in ("found", "shape", "colour", "texture")]
-        alone = torch.stack([x if a != attribute else x.scatter(1, slot[:, None], True)
-                             for a, x in zip(("found", "shape", "colour", "texture"), others, strict=True)])
-        changed = torch.where(now, placed[attribute][rows, slot], changed)
-        rest = torch.where(now, alone.all(0).all(1) & placed["background"] & placed["count"], rest)
-    whole = torch.stack([placed[a] | ~before["present"] for a in ("found", "shape", "colour", "texture")]).all(0)
-    now = kind == views.EDITS.index("background")
-    changed, rest = torch.where(now, placed["background"], changed), torch.where(now, whole.all(1) & placed["count"], rest)
-    now = kind == edits.ADD
-    there = torch.stack([anywhere[a][:, 1] for a in ("found", "shape", "colour", "texture")]).all(0)
-    changed, rest = torch.where(now, there & placed["count"], changed), torch.where(now, whole[:, 0] & placed["background"], rest)
-    now = kind == edits.ADD + 1
-    changed = torch.where(now, placed["found"][:, 0] & placed["count"], changed)
-    other = torch.stack([placed[a][:, 0] for a in ("shape", "colour", "texture")]).all(0)
-    rest = torch.where(now, other & placed["background"], rest)
-    return {"changed": changed.float(), "rest": rest.float()}
-
-
-def summarise(parts, task):
-    """Means over all edits and, where kinds differ, for each kind; the Frechet distance with its features' name."""
-    kinds = [kind for part in parts for kind in part["kind"]]
-    found = {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0] if name != "kind"}
-    features, real = found.pop("features"), found.pop("real", None)
-    if "changed" in found:
-        found["success"] = found["changed"] * found["rest"]
-    scores = {name: float(x.nanmean()) for name, x in found.items()}
-    if real is None:
-        rows = range(min(len(task.data["test"]), len(features)))
-        real = task.judge.features(task.data["test"].source(rows).to(task.device)).cpu()
-    scores["Frechet"] = float(frechet_distance(features, real, "reader"))
-    for kind in dict.fromkeys(kinds) if task.known else ():
-        mine = torch.tensor([k == kind for k in kinds])
-        scores |= {f"{kind} {name}": float(found[name][mine].nanmean())
-                   for name in ("changed", "rest", "kept L1", "kept SSIM", "MP", "matched")}
-    if task.known:                                           # kinds count alike, however many of each were drawn
-        scores["changed"] = sum(scores[f"{kind} changed"] for kind in views.EDITS) / len(views.EDITS)
-    return scores

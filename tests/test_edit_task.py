@@ -12,8 +12,9 @@ import train
 from data import edits, views, world
 from data.world import pick, render
 from edit import sample, task
+from edit.judge import verdict
 from edit.model import Critic, Generator, up_conv
-from edit.task import Config, Task, gradient_penalty, hinge, start_as_copy, verdict, whitening
+from edit.task import Config, Task, gradient_penalty, hinge, start_as_copy, whitening
 
 TINY = {"size": 32, "base": 6, "critic_base": 2, "code_width": 4, "kernels": 2, "batch": 2, "more": 1, "steps": 6, "eval_every": 3}
 
@@ -201,6 +202,26 @@ def test_the_oracle_learns_one_batch_by_heart():
     assert losses[-1] < 0.4 * losses[0], f"L1 to the known result went from {losses[0]:.2f} to {losses[-1]:.2f}"
 
 
+def test_what_was_spoilt_is_restored_by_heart():
+    one = tiny(base=8, similar=0.0, still=0.0, keep=0.0, penalty=0.0, critic_lr=0.0, lr=3e-3, batch=6)
+    batch = next(iter(one.batches(0, 0, 1)))
+    losses = [float(one.update(batch, t)["own"]) for t in range(60)]
+    assert losses[-1] < 0.5 * losses[0], f"L1 to the unspoilt pictures went from {losses[0]:.2f} to {losses[-1]:.2f}"
+
+
+def test_a_lesson_spoils_only_where_a_sentence_is_hurt():
+    one = tiny(batch=16, more=3)
+    source, spoilt, said, _ = next(iter(one.batches(0, 0, 1)))
+    given, pair = one.lesson(source, spoilt, said)
+    whole = (given == source).flatten(1).all(1)
+    assert 0 < whole.sum() < 16 and (pair[whole] == 0).all() and pair.max() > 0
+    assert torch.equal(given[~whole], spoilt[~whole])
+    one.cfg = dataclasses.replace(one.cfg, spoil=False)
+    source, spoilt, said, _ = next(iter(one.batches(0, 0, 1)))
+    given, pair = one.lesson(source, spoilt, said)
+    assert torch.equal(given, source) and (pair == 0).all()
+
+
 def test_six_steps_equal_four_then_two():
     whole, parts = tiny(), tiny()
     steps(whole, 0, 6)
@@ -306,7 +327,7 @@ def test_damaged_and_missing_files_get_a_sentence(run, tmp_path):
 
 
 def test_a_run_leaves_pictures_and_rows_to_compare_with(run):
-    for name in ("edits.png", "weights.png", "curve.png", "result.json"):
+    for name in ("edits.png", "lessons.png", "weights.png", "curve.png", "result.json"):
         assert (run / name).exists(), name
     result = json.loads((run / "result.json").read_text())
     assert set(result["rivals"]) == {"copy the input", "oracle"} and "recolour changed" in result["metrics"]
