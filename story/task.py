@@ -95,7 +95,7 @@ class Config:
     autoregressive: bool = False     # rival: frame by frame, each from the frames and sentences before it
     predict: str = "picture"         # the network predicts noise (SD), v or the picture (both: the schedule ends in pure noise)
     noisy: float = 3.0               # stage 2 draws its step as T (1 - u^noisy), u uniform; 1: all alike (the usual way)
-    loud: float = 0.5                # channels count in the losses by this power of their size in pixels; 0: alike (the usual way)
+    loud: float = 0.5                # channels count in the losses by this power of their size in pixels; 0: alike (as usual)
     lr_base: float = 1.5e-3          # AdamW step size of stage 1
     lr: float = 1e-3                 # AdamW step size of stage 2 (at SD's size: 1e-4)
     ema: float = 0.99                # decay of the averaged weights that draw and are judged

@@ -122,7 +122,8 @@ HEAD = "gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\tvid_id\tkey\n"
      r"train_a\.json has no answer of a known type for question 1"),
     ("activitynet", {"train_q.json.gz": gzip.compress(b"[]")[:-4], "train_a.json": "[]"}, r"q\.json\.gz is damaged or cut"),
     ("pororo", {"qa.json": '{"PororoQA": 3}'}, r'qa\.json must be {"PororoQA": \[\.\.\.\]}'),
-    ("video_clips", {"clips.json": '[{"clip": "a", "qa": [{"question": "q", "answer": "x", "type": "action", "choices": ["y"]}]}]'},
+    ("video_clips", {"clips.json": '[{"clip": "a", "qa": '
+                                   '[{"question": "q", "answer": "x", "type": "action", "choices": ["y"]}]}]'},
      "entry 0: answer 'x' is not among its choices"),
     ("svqa", {"questions.json": '[{"id": 5, "question": "q?", "program": []}]', "train_svqa_ids.txt": "5"},
      "entry 0, last step of its program is a NoneType"),
@@ -148,7 +149,8 @@ def test_questions_about_absent_videos_are_an_error_or_left_out():
 @pytest.mark.parametrize("text, tokens", [                              # right sides as nltk 3.10 gives them
     ("what's the cat's name", "what 's the cat 's name"), ("he doesn't", "he does n't"), ("dogs' bowls", "dogs ' bowls"),
     ("get 'em", "get ' em"), ("'tis", "' tis"), ("'re you", "'re you"), ("o'neil's", "o'neil 's"), ("they'd've", "they'd 've"),
-    ("cannot wanna", "can not wan na"), ('say "hi" (now)', "say `` hi '' ( now )"), ("5:30 a:b 1,000 a,b", "5:30 a : b 1,000 a , b"),
+    ("cannot wanna", "can not wan na"), ('say "hi" (now)', "say `` hi '' ( now )"),
+    ("5:30 a:b 1,000 a,b", "5:30 a : b 1,000 a , b"),
     ("u.s. mr. x.", "u.s. mr. x ."), ("wait... what?!", "wait ... what ? !"), ("50% c# a-b a/b a--b", "50 % c # a-b a/b a -- b"),
     ("yes'.", "yes ' ."), ("ain't'", "ai n't '"), ("it''s", "it '' s"), ("says ''huh", "says `` huh"), ("", "")])
 def test_words_follow_the_treebank_rules(text, tokens):
@@ -186,7 +188,8 @@ def test_the_one_golden_row_without_a_question_file_entry_is_encoded_as_well(sha
         row = int(np.flatnonzero(golden["video_ids"] == 19199)[0])
         theirs, candidates = golden["questions"][row], golden["ans_candidates"][row]
     choices = ("push back hair", "catch ball", "flap lips", "move hands across face", "hit another person")
-    ours = encode([Question("What does the dog do 5 times ?", "catch ball", "g", 1, choices=choices, correct=1)], vocabulary, "val")
+    ours = encode([Question("What does the dog do 5 times ?", "catch ball", "g", 1, choices=choices, correct=1)],
+                  vocabulary, "val")
     length = ours["questions_len"][0]
     assert ours["questions"][0].tolist() == theirs[:length].tolist() and not theirs[length:].any()
     assert np.array_equal(ours["ans_candidates"][0], candidates[:, : ours["ans_candidates"].shape[2]])
@@ -206,7 +209,8 @@ def test_vocabulary_has_hcrns_words_and_its_joint_table(shared):
 
 
 def test_open_answers_are_ranked_by_frequency_and_the_unknown_are_always_wrong():
-    train = [Question(f"{w} runs?", a, "v") for w, a in (("who", "dog"), ("what", "cat"), ("who", "cat"), ("it's", "ant"), ("a", "ant"))]
+    train = [Question(f"{w} runs?", a, "v")
+             for w, a in (("who", "dog"), ("what", "cat"), ("who", "cat"), ("it's", "ant"), ("a", "ant"))]
     tables = build_vocabulary(train, most=2)
     assert tables["question_token_to_idx"] == {w: n for n, w in enumerate("<NULL> <UNK> who runs what it 's a".split())}
     assert tables["answer_token_to_idx"] == {"<UNK0>": 0, "<UNK1>": 1, "cat": 2, "ant": 3}, "ties in order of appearance"
@@ -261,7 +265,8 @@ def test_frames_come_from_folders_zips_gifs_and_arrays(tmp_path):
     np.savez(tmp_path / "n.npz", images=np.stack([stack, stack]))
     np.savez(tmp_path / "m.npz", a=stack)
     expected = (clip_rows(10, 3, 4) * 20).tolist()
-    for root, names in (("all", ["a", "b", "c"]), ("f.zip", ["a"]), ("n.npz", ["0", "1"]), ("m.npz", ["a"]), ("all/b.gif", ["b"])):
+    for root, names in (("all", ["a", "b", "c"]), ("f.zip", ["a"]), ("n.npz", ["0", "1"]), ("m.npz", ["a"]),
+                        ("all/b.gif", ["b"])):
         frames = open_frames(tmp_path / root)
         assert frames.names == names
         for name in names:
@@ -302,7 +307,8 @@ def test_frames_that_are_no_video_end_in_one_sentence(tmp_path):
             (lambda: open_frames(film), "films holds video files; cut films into pictures first, as in  ffmpeg"),
             (lambda: open_frames(film / "x.mp4"), r"x\.mp4 is not a \.zip, \.gif or \.npz; cut films into pictures first"),
             (lambda: open_frames(bad), r"bad\.zip is not a zip, or it is cut"),
-            (lambda: open_frames(tmp_path / "f.npz")["a"], r"f\.npz, a is uint8 \(3, 4, 4\); it must be uint8 \(F, h, w, 3\), F at least 2"),
+            (lambda: open_frames(tmp_path / "f.npz")["a"],
+             r"f\.npz, a is uint8 \(3, 4, 4\); it must be uint8 \(F, h, w, 3\), F at least 2"),
             (lambda: open_frames(tmp_path / "hurt.zip")["v"][0], r"hurt\.zip: v/0\.jpg is not a picture that can be read"),
             (lambda: open_frames(tmp_path / "empty"), "empty holds no video: expected a folder of pictures"),
             (lambda: open_frames(tmp_path / "no"), "no is missing: a folder with a folder of pictures for each video")):

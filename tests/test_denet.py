@@ -18,7 +18,8 @@ def official_dicts(seed=0):
         sizes.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
 
     def norm(name, width):
-        sizes.update({f"{name}.{k}": (width,) for k in ("weight", "bias", "running_mean", "running_var")} | {f"{name}.num_batches_tracked": ()})
+        sizes.update({f"{name}.{k}": (width,) for k in ("weight", "bias", "running_mean", "running_var")}
+                     | {f"{name}.num_batches_tracked": ()})
 
     pair("ext", N, 3, 3, 3)
     pair("conv_img.1", 3, N, 3, 3)
@@ -49,7 +50,8 @@ def official_dicts(seed=0):
 
     def fill(shapes):
         state = {k: torch.randn(s, generator=g) * 0.3 for k, s in shapes.items()}
-        return {k: v.abs() + 0.5 if k.endswith("running_var") else torch.tensor(3) if k.endswith("tracked") else v for k, v in state.items()}
+        return {k: v.abs() + 0.5 if k.endswith("running_var") else torch.tensor(3) if k.endswith("tracked") else v
+                for k, v in state.items()}
 
     return fill(sizes), fill(critic), fill(head)
 
@@ -61,7 +63,8 @@ def reference_editor(s, image, text):
     conv = lambda x, name, **kw: F.conv2d(x, s[name + ".weight"], s.get(name + ".bias"), **kw)  # noqa: E731
 
     def mlp(x, name, act=torch.relu):
-        return act(x @ s[name + ".linear1.weight"].T + s[name + ".linear1.bias"]) @ s[name + ".linear2.weight"].T + s[name + ".linear2.bias"]
+        return (act(x @ s[name + ".linear1.weight"].T + s[name + ".linear1.bias"])
+                @ s[name + ".linear2.weight"].T + s[name + ".linear2.bias"])
 
     x, skips = conv(image, "ext", padding=1), []
     for i in range(1, LEVELS + 1):
@@ -87,7 +90,8 @@ def reference_editor(s, image, text):
             for c in range(kernel.shape[1]):
                 kernel[o, c] = kernel[o, c] * scale[o * kernel.shape[1] + c] + shift[o * kernel.shape[1] + c]
         q = F.conv2d(maps[i - 1], kernel, padding=1)
-        spatial = leaky(conv(q, f"{up}.DCBlk.conv_weight", padding=1) * h + F.conv2d(q, s[f"{up}.DCBlk.conv_bias.weight"], padding=1))
+        spatial = leaky(conv(q, f"{up}.DCBlk.conv_weight", padding=1) * h
+                        + F.conv2d(q, s[f"{up}.DCBlk.conv_bias.weight"], padding=1))
         w = torch.sigmoid(t @ s[f"{up}.fc.linear2.weight"].T + s[f"{up}.fc.linear2.bias"])[..., None, None]
         h = w * channel + (1 - w) * spatial + skips[-i]
     return torch.tanh(conv(leaky(h), "conv_img.1", padding=1))

@@ -56,13 +56,15 @@ def test_readme_pointers_are_true(readme):
 @pytest.mark.parametrize("readme", READMES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_equations_named_in_a_readme_row_are_named_in_the_code(readme):
     for line in readme.read_text().splitlines():
-        pointer, equations = POINTER.search(line), re.findall(r"Eqs?\. ?([\d]+(?:-[\d]+)?)", line.split("|")[1] if "|" in line else "")
+        pointer, equations = POINTER.search(line), re.findall(r"Eqs?\. ?([\d]+(?:-[\d]+)?)",
+                                                              line.split("|")[1] if "|" in line else "")
         if pointer and equations and line.startswith("|"):
             file, _, _, name = pointer.groups()
             first, last = symbols(ROOT / file)[name]
             source = "\n".join((ROOT / file).read_text().splitlines()[first - 1 : last])
             for equation in equations:
-                assert re.search(rf"Eqs?\. ?[\d, -]*\b{equation.split('-')[0]}\b", source), f"{name} in {file} does not name Eq. {equation}"
+                assert re.search(rf"Eqs?\. ?[\d, -]*\b{equation.split('-')[0]}\b", source), (
+                    f"{name} in {file} does not name Eq. {equation}")
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -16,7 +16,8 @@ from edit.judge import verdict
 from edit.model import Critic, Generator, up_conv
 from edit.task import Config, Task, gradient_penalty, hinge, start_as_copy, whitening
 
-TINY = {"size": 32, "base": 6, "critic_base": 2, "code_width": 4, "kernels": 2, "batch": 2, "more": 1, "steps": 6, "eval_every": 3}
+TINY = {"size": 32, "base": 6, "critic_base": 2, "code_width": 4, "kernels": 2, "batch": 2, "more": 1,
+        "steps": 6, "eval_every": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +81,8 @@ def test_what_is_said_to_stay_is_not_about_the_edit():
                 assert kind != "background"
                 continue
             things += 1
-            shape, colour = (table[int(view["before"][a][i, o])] for table, a in ((world.SHAPES, "shape"), (world.COLOUR, "colour")))
+            shape, colour = (table[int(view["before"][a][i, o])]
+                             for table, a in ((world.SHAPES, "shape"), (world.COLOUR, "colour")))
             own = name in (colour, *world.SYNONYMS.get(shape, (shape,)))
             assert not (own and kind in ("reshape", "remove")), text
             assert not (own and kind == "recolour" and (name == colour or text.split()[-1] == colour)), text
@@ -144,7 +146,8 @@ def test_one_look_serves_every_sentence():
 
 def told(scene):
     """A reading that sees exactly what is in a scene."""
-    return {name: scene[name].clone() for name in ("present", "shape", "colour", "texture", "size", "centre", "background", "pattern")}
+    return {name: scene[name].clone()
+            for name in ("present", "shape", "colour", "texture", "size", "centre", "background", "pattern")}
 
 
 def test_the_verdict_on_the_known_result_and_on_a_copy():
@@ -299,14 +302,16 @@ def test_a_palette_keeps_its_pixels_where_nothing_changes(run, tmp_path):
     image = Image.new("P", (40, 40))
     image.putpalette([0, 0, 0, 200, 10, 10])
     image.paste(1, (5, 5, 20, 20))
-    assert edited(run, tmp_path, image, "the heart is green", "--strength=0").convert("RGB").tobytes() == image.convert("RGB").tobytes()
+    assert (edited(run, tmp_path, image, "the heart is green", "--strength=0").convert("RGB").tobytes()
+            == image.convert("RGB").tobytes())
 
 
 @pytest.mark.parametrize("words, complaint", [
     (["the heart is green", "--strength=9"], "between 0"), (["?!"], "asks for nothing"), ([], "at least one sentence"),
     (["the heart is green and blue"], "several things"), (["the heart is green blue"], "contradicts itself: blue and green"),
     (["the hart is green"], "did you mean heart"), (["the heart is green " * 20], "shorten it"),
-    (["the heart is green", "--out=photo.png"], "never overwritten"), (["the heart is green", "--out=x.jpg"], "must end in .png")])
+    (["the heart is green", "--out=photo.png"], "never overwritten"),
+    (["the heart is green", "--out=x.jpg"], "must end in .png")])
 def test_bad_requests_get_a_sentence_and_write_nothing(run, tmp_path, monkeypatch, words, complaint):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save("photo.png")

@@ -31,7 +31,8 @@ def test_the_arrows_point_one_way():
         top = path.relative_to(ROOT).parts[0]
         for name in imports(path):
             if top in ("kernels", "data"):
-                assert name not in {*MODELS, "train", "tests", {"kernels": "data", "data": "kernels"}[top]}, f"{path} imports {name}"
+                assert name not in {*MODELS, "train", "tests", {"kernels": "data", "data": "kernels"}[top]}, (
+                    f"{path} imports {name}")
             if top in MODELS:
                 assert name not in {*MODELS, "train", "tests"} - {top}, f"{path} imports {name}"
 

@@ -268,7 +268,8 @@ def test_frame_story_equals_a_loop_over_tokens(cells, board, own_query, ragged, 
 def test_frame_story_in_half_precision(device):
     inputs = [x.half().double() for x in story_inputs(1, (2, 2), (8, 8), 20, 8, 2, 40, device)]
     run_story = lambda path, t: run(path, t, lambda *x: frame_story_attention(*x, (2, 2), (8, 8)), inputs)  # noqa: E731
-    truth, theirs, ours = run_story("reference", torch.float64), run_story("reference", torch.half), run_story("triton", torch.half)
+    truth, theirs, ours = (run_story("reference", torch.float64), run_story("reference", torch.half),
+                           run_story("triton", torch.half))
     assert_as_accurate(ours[:6], theirs[:6], truth[:6], torch.half)
     # d gate is one number, a sum of 64 x 2 x 40 signed terms: compared on the scale of those terms
     assert abs(float(ours[6] - truth[6])) <= 2e-3 * float(truth[0].norm())
@@ -414,9 +415,11 @@ BAD = {
     "True where a key may be seen": lambda q: attention_map(q, q, mask=torch.ones(2, 1, 1, 4).bool().to(q.device)),
     "divide it evenly": lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, 1.0, (3, 1), (2, 2)),
     "h w = 2 x 3": lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, 1.0, (1, 1), (2, 3)),
-    r"kf is \(2, 1, 4, 1, 8\), but .* asks for \(2, 4, 4, 1, 8\)": lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, 1.0, (2, 2), (2, 2)),
+    r"kf is \(2, 1, 4, 1, 8\), but .* asks for \(2, 4, 4, 1, 8\)":
+        lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, 1.0, (2, 2), (2, 2)),
     "gate must be one number": lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, torch.ones(2), (1, 1), (2, 2)),
-    r"q_story is \(1, 4, 1, 8\), but": lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, 1.0, (1, 1), (2, 2), q_story=q[:1]),
+    r"q_story is \(1, 4, 1, 8\), but": lambda q: frame_story_attention(q, q[:, None], q[:, None], q, q, 1.0, (1, 1), (2, 2),
+                                                                       q_story=q[:1]),
 }
 
 

@@ -69,7 +69,8 @@ def test_channel_weights_are_the_derivative_of_the_score(device):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("h, w, H, W", [(7, 7, 37, 65), (4, 4, 8, 8), (16, 5, 64, 20), (1, 1, 9, 9), (33, 4, 16, 16), (6, 6, 6, 6)])
+@pytest.mark.parametrize("h, w, H, W", [(7, 7, 37, 65), (4, 4, 8, 8), (16, 5, 64, 20), (1, 1, 9, 9), (33, 4, 16, 16),
+                                        (6, 6, 6, 6)])
 def test_maps_are_enlarged_as_interpolate_does(h, w, H, W, device):
     heat, image = draw(2, h, w, device=device), draw(2, 3, H, W, device=device, seed=1).clamp(-1, 1)
     for normalise in ("minmax", "max", "none"):
@@ -142,7 +143,7 @@ def test_word_maps_sum_attention_over_heads(path, device):
         maps = word_maps(q, k, (3, 4), lengths=torch.tensor([5, 2], device=device))
     assert maps.shape == (2, 5, 3, 4) and not maps[1, 2:].any()                                           # padding: 0
     torch.testing.assert_close(maps.sum(1), torch.full((2, 3, 4), 2.0, device=device))                    # heads
-    s = torch.einsum("hd,khd->hk", q[0, 6].double(), k[0].double()) / math.sqrt(16)                      # token in row 1, column 2
+    s = torch.einsum("hd,khd->hk", q[0, 6].double(), k[0].double()) / math.sqrt(16)                       # row 1, column 2
     torch.testing.assert_close(maps[0, :, 1, 2].double(), s.softmax(-1).sum(0), rtol=0, atol=1e-6)
     assert 0 <= scale_to_one(maps.flatten(0, 1)).min() and scale_to_one(maps.flatten(0, 1)).max() <= 1
 
@@ -203,7 +204,8 @@ def test_what_the_kernel_cannot_take_is_refused_in_words(device):
         with pytest.raises(ValueError, match="more than 64 x 64"):
             show(torch.zeros(1, 65, 4, device=device), torch.zeros(1, 3, 8, 8, device=device))
         with pytest.raises(ValueError, match="2\\*\\*31 elements"):                  # a view: no memory behind it
-            cosine_map(torch.zeros(1, 1, 1, device=device).expand(1, 2 ** 16, 2 ** 15), torch.zeros(1, 1, device=device).expand(1, 2 ** 15))
+            cosine_map(torch.zeros(1, 1, 1, device=device).expand(1, 2 ** 16, 2 ** 15),
+                       torch.zeros(1, 1, device=device).expand(1, 2 ** 15))
         with pytest.raises(ValueError, match="65,536 tiles, a grid holds 65,535"):   # one over: 512 x 128 tiles
             show(torch.zeros(1, 4, 4, device=device), torch.zeros(1, 1, 1, 1, device=device).expand(1, 3, 2 ** 13, 2 ** 13))
         with pytest.raises(ValueError, match="a grid holds 65,535"):

@@ -117,13 +117,14 @@ def late(a):
 
 def test_every_row_of_the_gate_names_its_kernel_in_full():
     table = cases()
-    assert {name.split()[0] for name, _ in table} == {"propagate", "ranks", "attention", "cosine_map", "grad_cam", "show", "df_block",
-                                                      "de_combine"}
+    assert {name.split()[0] for name, _ in table} == {"propagate", "ranks", "attention", "cosine_map", "grad_cam", "show",
+                                                      "df_block", "de_combine"}
     for (name, target), case in table.items():
         function = origin(case["kernel"])
         arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
         assert set(case["signature"]) | set(case["constants"]) == set(arguments), (name, set(arguments))
-        assert case["kind"] in ("bandwidth", "product") and {*case.get("also", ())} <= {*SHARED_KIB} and target in SHARED_KIB and case["num_warps"] in (1, 2, 4, 8)
+        assert (case["kind"] in ("bandwidth", "product") and {*case.get("also", ())} <= {*SHARED_KIB}
+                and target in SHARED_KIB and case["num_warps"] in (1, 2, 4, 8))
 
 
 def test_every_kernel_has_a_row_whose_sizes_are_all_one():
@@ -173,9 +174,10 @@ def test_what_is_launched_is_what_the_gate_compiles(capability, monkeypatch):
     with kernels.use("triton"):
         for dtype in torch.float16, torch.bfloat16, torch.float32:
             x = lambda *shape: torch.zeros(shape, dtype=dtype, requires_grad=True)  # noqa: B023, E731
-            for out in (attention.cross_attention(x(1, 9, 2, 40), x(1, 77, 2, 40), x(1, 77, 2, 40)) if dtype != torch.float32 else None,
-                        attention.frame_story_attention(x(1, 4, 2, 40), *[x(1, 1, 77, 2, 40)] * 2, *[x(1, 8, 2, 40)] * 2, 0.5, (1, 1), (2, 2))
+            for out in (attention.cross_attention(x(1, 9, 2, 40), x(1, 77, 2, 40), x(1, 77, 2, 40))
                         if dtype != torch.float32 else None,
+                        attention.frame_story_attention(x(1, 4, 2, 40), *[x(1, 1, 77, 2, 40)] * 2, *[x(1, 8, 2, 40)] * 2, 0.5,
+                                                        (1, 1), (2, 2)) if dtype != torch.float32 else None,
                         pointwise.df_block(x(1, 3, 32, 32), *[x(1, 3)] * 4), pointwise.df_block(x(1, 3, 8, 8), *[x(1, 3)] * 4),
                         pointwise.de_combine(*[x(1, 3, 32, 32)] * 2, *[x(1, 3)] * 3, *[x(1, 1, 32, 32)] * 2)):
                 if out is not None:
@@ -225,15 +227,18 @@ def test_kernel_modules_are_listed():
 
 def test_the_benchmark_times_only_what_is_right(capsys):
     x = torch.rand(8, 4, generator=torch.Generator().manual_seed(0))
-    case = {"case": "sum", "text": "", "limit": 1e-6, "copied": 128, "gathered": 0, "launches": 1, "truth": lambda: x.double().sum(0),
+    case = {"case": "sum", "text": "", "limit": 1e-6, "copied": 128, "gathered": 0, "launches": 1,
+            "truth": lambda: x.double().sum(0),
             "functions": {"ours": lambda: x.sum(0), "loop": lambda: sum(x), "wrong": lambda: x.sum(0) + 1}}
     top = {"copy": 64.0, "gather": 1.0, "product": 1.0, "launch": 0.5}
     row = measure(case, cpu_clock, top, 3)
-    assert row["best"] == "loop" and row["bound"] == "copy" and row["floor"] == 2.0 and row["ratio"] == row["best_us"] / row["ours"]
+    assert (row["best"] == "loop" and row["bound"] == "copy" and row["floor"] == 2.0
+            and row["ratio"] == row["best_us"] / row["ours"])
     assert "wrong: error" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="sum: our result is wrong"):
         measure({**case, "functions": {"ours": lambda: x.sum(0) * 2, "loop": lambda: x.sum(0)}}, cpu_clock, top, 3)
-    op = {"device": "a CPU", "versions": {"python": "3", "torch": "2"}, "seed": 0, "command": "run", "ceilings": top, "rows": [row]}
+    op = {"device": "a CPU", "versions": {"python": "3", "torch": "2"}, "seed": 0, "command": "run", "ceilings": top,
+          "rows": [row]}
     text = page({"cpu": {"ranking": op}})
     assert "| sum | " in text and "*not yet measured*" in text.split("## GPU")[1]
     assert "Ours is slower than the best rival in" in text

@@ -1,4 +1,4 @@
-"""Models that call the kernels train to the same weights on either path (the recommenders' and GALIP's tests do it beside them)."""
+"""Models that call the kernels train to the same weights on either path (the recommenders' and GALIP's tests do it too)."""
 import pytest
 import torch
 

@@ -33,5 +33,6 @@ def test_batch_norm_sees_the_global_batch(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(BATCH_NORM)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.count("agreed") == 2, done.stderr[-2000:]

@@ -21,8 +21,8 @@ from story.task import Config, Task, paper
 from story.unet import UNet
 from story.words import Encoder
 
-TINY = dict(batch=4, size=16, patch=4, channels=12, widths=(8, 16), heads=2, groups=4, width=16, text_heads=2, rank=2, alpha=2.0, judged=(4, 4), sampler=2,
-            steps=4, base_steps=2, eval_every=4)
+TINY = dict(batch=4, size=16, patch=4, channels=12, widths=(8, 16), heads=2, groups=4, width=16, text_heads=2, rank=2, alpha=2.0,
+            judged=(4, 4), sampler=2, steps=4, base_steps=2, eval_every=4)
 TOLD = ["Pip the red star walks in the snow.", "It meets Mo.", "They jump.", "It stands on the left."]
 
 
@@ -55,17 +55,20 @@ def test_a_run_leaves_scores_of_every_task_with_ceilings_and_chance(run):
     result = json.loads((run / "result.json").read_text())
     for kind in ("visualise", "continue", "complete", "real"):
         assert {f"{kind} named", f"{kind} pronoun", f"{kind} attributes", f"{kind} consistency"} <= result["metrics"].keys()
-    assert result["metrics"]["Frechet frame"] > result["metrics"]["real Frechet frame"] and result["chance"]["visualise pronoun"] < 0.15
+    assert (result["metrics"]["Frechet frame"] > result["metrics"]["real Frechet frame"]
+            and result["chance"]["visualise pronoun"] < 0.15)
     assert {"stories.png", "seeds.png", "steps.gif", "curve.png", "best.pt"} <= {p.name for p in run.iterdir()}
 
 
 def test_six_steps_equal_four_then_two_across_the_change_of_stage(tmp_path):
     options = ["storyimager", "--judged=2,2", "--eval_every=2", *(f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
-               for k, v in TINY.items() if k not in ("steps", "judged", "eval_every", "base_steps")), f"--out={tmp_path}", "--base_steps=3"]
+               for k, v in TINY.items() if k not in ("steps", "judged", "eval_every", "base_steps")),
+               f"--out={tmp_path}", "--base_steps=3"]
     for tag, count in (("whole", 6), ("parts", 2), ("parts", 6)):
         module, run = train.find_model("storyimager")[1], train.Run(out=str(tmp_path), tag=tag)
         typed = train.parse(options[1:] + [f"--steps={count}"], module.Config, train.Run)
-        train.fit("storyimager", module, run, module.Config(**{k: v for k, v in typed.items() if k in train.fields(module.Config)}), True)
+        train.fit("storyimager", module, run,
+                  module.Config(**{k: v for k, v in typed.items() if k in train.fields(module.Config)}), True)
     whole, parts = (torch.load(tmp_path / f"storyimager-{tag}/last.pt", weights_only=True)["state"] for tag in ("whole", "parts"))
     assert all(torch.equal(whole[part][name], parts[part][name]) for part in ("net", "average") for name in whole[part])
 
@@ -85,8 +88,10 @@ def test_stage_one_trains_the_base_and_stage_two_only_what_the_paper_adds():
     middle = {name: p.clone() for name, p in t.net.named_parameters()}
     steps(t, 3, 5)
     moved = {name for name, p in t.net.named_parameters() if not torch.equal(p, middle[name])}
-    assert moved and not moved & (base | words) and any("extractor" in name for name in moved) and any(".lora." in name for name in moved)
-    assert all(torch.equal(t.base.state_dict()[name.removeprefix("story.unet.")], t.net.state_dict()[name]) for name in base), "shared weights"
+    assert (moved and not moved & (base | words)
+            and any("extractor" in name for name in moved) and any(".lora." in name for name in moved))
+    assert all(torch.equal(t.base.state_dict()[name.removeprefix("story.unet.")], t.net.state_dict()[name])
+               for name in base), "shared weights"
 
 
 def test_neighbours_on_a_board_of_stage_one_are_of_other_stories():
@@ -217,7 +222,8 @@ def test_frames_in_order_leave_given_ones_and_ignore_the_future():
 
     def draw(z0, told):
         with torch.no_grad():
-            return sample_in_order(story, z0, *t.read(told), mask, t.empty(1), steps=2, generator=torch.Generator().manual_seed(0))
+            return sample_in_order(story, z0, *t.read(told), mask, t.empty(1), steps=2,
+                                   generator=torch.Generator().manual_seed(0))
 
     out = draw(z0, told)
     changed, other = z0.clone(), [[*TOLD[:3], "It jumps."]]
@@ -285,7 +291,8 @@ def draw(run, *words):
 def test_sentences_become_a_strip_a_gif_and_a_story_to_go_on_with(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     draw(run, *TOLD, "--words", "--out=a/strip.png")
-    assert {p.name for p in Path("a").iterdir()} == {"strip.png", "strip.gif", "strip.json", "strip-words.png", *(f"strip-{n}.png" for n in range(1, 5))}
+    assert {p.name for p in Path("a").iterdir()} == {"strip.png", "strip.gif", "strip.json", "strip-words.png",
+                                                     *(f"strip-{n}.png" for n in range(1, 5))}
     before = [Path(f"a/strip-{n}.png").read_bytes() for n in range(1, 5)]
     draw(run, "--story=a/strip.json", "--edit", "3=Mo walks on the right.", "--out=b.png")
     after = [Path(f"b-{n}.png").read_bytes() for n in range(1, 5)]
@@ -318,8 +325,10 @@ def test_one_sentence_empty_ones_and_longer_stories_have_defined_results(run, to
 
 @pytest.mark.parametrize("words, sentence", [
     ([], "there is no sentence"), (["Pip walks", "--given", "1=k.png"], "all 1 frames are given"),
-    (["Pip walks.", "--given", "0=k.png"], "this story has frames 1 to 1"), (["Pip walks.", "--given", "k.png"], "write the frame's number"),
-    (["Pip walks.", "--given", "1=nothing.png"], "nothing.png"), (["Pipp walks."], "has never read the word 'pipp'.*did you mean pip"),
+    (["Pip walks.", "--given", "0=k.png"], "this story has frames 1 to 1"),
+    (["Pip walks.", "--given", "k.png"], "write the frame's number"),
+    (["Pip walks.", "--given", "1=nothing.png"], "nothing.png"),
+    (["Pipp walks."], "has never read the word 'pipp'.*did you mean pip"),
     (["Pip walks.", "--edit", "1=It jumps."], "name its .json with --story"), (["--story=k.json"], "is not the .json of a strip"),
     (["Pip " + "walks " * 40], "the model reads 15 a sentence"), (["--row=5000"], "stories 0 to"),
     (["Pip walks.", "--words"], "write 4 sentences"), (["Pip walks.", "--stps=3"], "did you mean --steps")])
@@ -371,7 +380,7 @@ def test_the_published_classes_are_what_the_task_builds():
     assert isinstance(t.net["story"], StoryImager) and isinstance(t.net["words"], Encoder) and plain(t.cfg)["batch"] == 4
 
 
-# -- Stable Diffusion's folder ----------------------------------------------------------------------------------------------------
+# -- Stable Diffusion's folder ---------------------------------------------------------------------------------------------------
 
 
 def stable_diffusion(folder, width=64):
@@ -379,24 +388,27 @@ def stable_diffusion(folder, width=64):
     g = torch.Generator().manual_seed(0)
     unet, vae = UNet(4, (32, 64), (True, False), 1, 8, width, 32), VAE((32, 32, 32, 32), 4, 1, 32)
     layer = {"layer_norm1": width, "layer_norm2": width, "self_attn.q_proj": (width, width), "self_attn.k_proj": (width, width),
-             "self_attn.v_proj": (width, width), "self_attn.out_proj": (width, width), "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+             "self_attn.v_proj": (width, width), "self_attn.out_proj": (width, width),
+             "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
     text = {"embeddings.token_embedding.weight": (MERGES + 514, width), "embeddings.position_embedding.weight": (77, width)}
     for name, shape in {f"encoder.layers.0.{k}": v for k, v in layer.items()}.items() | {("final_layer_norm", width)}:
-        text |= {f"{name}.weight": shape if isinstance(shape, tuple) else (shape,), f"{name}.bias": (shape[0] if isinstance(shape, tuple) else shape,)}
+        text |= {f"{name}.weight": shape if isinstance(shape, tuple) else (shape,),
+                 f"{name}.bias": (shape[0] if isinstance(shape, tuple) else shape,)}
     text = {f"text_model.{k}": torch.randn(shape, generator=g) * 0.1 for k, shape in text.items()}
-    for part, name, state in (("unet", "diffusion_pytorch_model", unet.state_dict()), ("vae", "diffusion_pytorch_model", vae.state_dict()),
-                              ("text_encoder", "model", text)):
+    for part, name, state in (("unet", "diffusion_pytorch_model", unet.state_dict()),
+                              ("vae", "diffusion_pytorch_model", vae.state_dict()), ("text_encoder", "model", text)):
         (folder / part).mkdir(parents=True)
         write_safetensors(folder / part / f"{name}.safetensors", state)
     (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", "t h", "th e</w>", *(f"x{n} y{n}" for n in range(MERGES - 2))]))
+    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", "t h", "th e</w>",
+                                                                *(f"x{n} y{n}" for n in range(MERGES - 2))]))
     return unet.state_dict()
 
 
 def test_stable_diffusion_in_its_layout_takes_the_place_of_stage_one(tmp_path):
     weights = stable_diffusion(tmp_path)
-    t = task(**paper("sd") | dict(sd=str(tmp_path), size=32, widths=(32, 64), attention=(True, False), resnets=1, heads=8, groups=32, width=64, patch=8, channels=4,
-                                  batch=2, steps=2, depth=1))
+    t = task(**paper("sd") | dict(sd=str(tmp_path), size=32, widths=(32, 64), attention=(True, False), resnets=1, heads=8,
+                                  groups=32, width=64, patch=8, channels=4, batch=2, steps=2, depth=1))
     assert torch.equal(t.net["story"].unet.state_dict()["conv_in.weight"], weights["conv_in.weight"])
     words, keep = t.net["words"](["the star walks", ""])
     assert words.shape == (2, 77, 64) and keep.sum(1).tolist()[1] == 2

@@ -114,14 +114,16 @@ def test_panels_of_the_base_are_the_tuned_model_before_it_has_learnt():
     story, (z0, words, keep) = model(), inputs()
     load_base(story.unet, base.state_dict())
     t = torch.tensor([3, 700])
-    torch.testing.assert_close(draw_panels(base, Board(), z0, t, words), story.denoise(z0, t, words, keep, torch.ones(2, FRAMES)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(draw_panels(base, Board(), z0, t, words),
+                               story.denoise(z0, t, words, keep, torch.ones(2, FRAMES)), rtol=1e-5, atol=1e-6)
     plain = UNet(**SIZES).eval()
     plain.load_state_dict(base.state_dict())
     torch.testing.assert_close(draw_panels(base, Board(1, 1), z0[:, :1], t, words[:, :1])[:, 0], plain(z0[:, 0], t, words[:, 0]))
 
 
 def cross(mode="both", out="shared", gate=0.7):
-    attention = stirred(tuned_unet(rank=2, alpha=2, mode=mode, out=out, **SIZES)).mid_block.attentions[0].transformer_blocks[0].attn2
+    unet = stirred(tuned_unet(rank=2, alpha=2, mode=mode, out=out, **SIZES))
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn2
     attention.gate.data.fill_(gate)
     return attention.double()
 
@@ -133,7 +135,8 @@ def slow_attention(attention, x, story, size, mode="both", out="shared"):
     height, width = size[0] // rows, size[1] // cols
 
     def attend(q, k, v):
-        parts = [(a @ b.mT / a.shape[-1] ** 0.5).softmax(-1) @ c for a, b, c in zip(*(y.chunk(heads, -1) for y in (q, k, v)), strict=True)]
+        parts = [(a @ b.mT / a.shape[-1] ** 0.5).softmax(-1) @ c
+                 for a, b, c in zip(*(y.chunk(heads, -1) for y in (q, k, v)), strict=True)]
         return torch.cat(parts, -1)
 
     f, s = attention.frame, attention.story
@@ -154,11 +157,13 @@ def slow_attention(attention, x, story, size, mode="both", out="shared"):
     return y + (low(f["o"], a) + low(s["o"], b) if out == "separate" else low(f["o"], a + b))
 
 
-@pytest.mark.parametrize("mode, out", [("both", "shared"), ("both", "separate"), ("frame", "shared"), ("story", "shared"), ("joint", "shared")])
+@pytest.mark.parametrize("mode, out", [("both", "shared"), ("both", "separate"), ("frame", "shared"), ("story", "shared"),
+                                       ("joint", "shared")])
 def test_frame_story_attention_equals_cutting_and_pasting(mode, out):
     torch.manual_seed(0)
     attention = cross(mode, out, gate=1.0 if mode == "story" else 0.7)
-    x, story = torch.randn(2, 24, 32).double(), Story(torch.randn(2, 4, LENGTH, 12).double(), torch.randn(2, 3, 12).double(), (2, 2))
+    x, story = torch.randn(2, 24, 32).double(), Story(torch.randn(2, 4, LENGTH, 12).double(),
+                                                      torch.randn(2, 3, 12).double(), (2, 2))
     torch.testing.assert_close(attention(x, story, (4, 6)), slow_attention(attention, x, story, (4, 6), mode, out))
 
 
@@ -233,13 +238,14 @@ def test_ddim_recovers_the_picture_from_the_true_noise():
 def test_given_frames_come_back_untouched():
     story, (z0, words, keep) = stirred(model()), inputs()
     mask = torch.tensor([[0.0, 1, 0, 1], [0, 0, 0, 0]])
-    draw = lambda seed: story.sample(z0, words, keep, mask, (words * 0, keep), 4, 3.0, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    draw = lambda seed: story.sample(z0, words, keep, mask, (words * 0, keep), 4, 3.0,  # noqa: E731
+                                     generator=torch.Generator().manual_seed(seed))
     out = draw(0)
     assert torch.equal(out[mask == 0], z0[mask == 0]) and torch.equal(out, draw(0))
     assert not torch.equal(out[0, 1], draw(1)[0, 1]) and out.isfinite().all()
 
 
-# -- tuning and Stable Diffusion's layout ---------------------------------------------------------------------------------------------
+# -- tuning and Stable Diffusion's layout ----------------------------------------------------------------------------------------
 
 
 def test_lora_starts_at_zero_and_merges():
@@ -272,7 +278,7 @@ def test_full_size_has_stable_diffusions_tensors():
     assert shapes["up_blocks.1.resnets.2.conv1.weight"] == (1280, 1920, 3, 3)
     assert shapes["down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k.weight"] == (320, 768)
     assert shapes["mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.weight"] == (10240, 1280)
-    assert {k: tuple(v.shape) for k, v in vae.state_dict().items()}["decoder.up_blocks.2.resnets.0.conv_shortcut.weight"] == (256, 512, 1, 1)
+    assert vae.state_dict()["decoder.up_blocks.2.resnets.0.conv_shortcut.weight"].shape == (256, 512, 1, 1)
 
 
 def test_time_is_cosines_then_sines():
@@ -314,12 +320,13 @@ def test_all_components_lose_nothing_and_the_first_ones_the_least():
         Components(images, 4, 49)
 
 
-# -- Stable Diffusion's numbers, against a reference written from the layout alone ---------------------------------------------------
+# -- Stable Diffusion's numbers, against a reference written from the layout alone -----------------------------------------------
 
 
 def random_state(model, seed):
     g = torch.Generator().manual_seed(seed)
-    return {k: torch.randn(v.shape, generator=g) * (0.3 if v.dim() > 1 else 0.2) + (("norm" in k) and k.endswith("weight")) for k, v in model.state_dict().items()}
+    return {k: torch.randn(v.shape, generator=g) * (0.3 if v.dim() > 1 else 0.2) + (("norm" in k) and k.endswith("weight"))
+            for k, v in model.state_dict().items()}
 
 
 class Slow:
