@@ -452,6 +452,7 @@ def main(argv):
             report.summary(build(module, cfg, run)[0], run.seed)
         else:
             fit(name, module, run, cfg)
+        parallel.wait()
     finally:
         parallel.stop()
 

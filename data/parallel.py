@@ -30,6 +30,12 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def wait():
+    """Until every rank is here: one that left early would look like a crash to the others."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()
