@@ -28,7 +28,7 @@ def measure(part, data, rows, task):
         mask = data.mask(rows).to(edited.device)
         found |= {"kept L1": l1_outside(edited, source, mask), "kept SSIM": ssim(edited, source, mask)}
     if data.view:
-        found |= {name: x for name, x in verdict(task.judge(edited), data.view(rows)).items()}
+        found |= verdict(task.judge(edited), data.view(rows))
     return found
 
 

@@ -36,7 +36,8 @@ def most_hurt(before, after, least=1.0):
 
     -> (B,) the pair whose true sentence lost most against its false one, (B,) whether it lost more than `least`
     """
-    lost, pair = (before - after).mul(before.new_tensor([1, -1])[:, None]).sum(1).max(0)
+    true, false = (before - after).unbind(1)
+    lost, pair = (true - false).max(0)
     return pair, lost > least
 
 

@@ -288,7 +288,8 @@ class Task:
         terms = {"fool": -self.critic(edited, asked).mean(), "keep": cfg.keep * changed_share(edited, source)}
         if cfg.own:
             given, pair = self.lesson(source, spoilt, said)
-            back = self.editor(given, vectors[pair, 0, torch.arange(len(pair), device=self.device)].detach())
+            told = vectors[pair, 0, torch.arange(len(pair), device=self.device)].detach()
+            back = self.editor.edit(self.editor.encode(given) if cfg.spoil else encoded, told)
             elsewhere = 2.0 if cfg.spoil and 4 * step >= 3 * cfg.steps else 1.0   # first learn to change, then to keep
             terms["own"] = cfg.own * restored(back, source, given, elsewhere).mean()
         if (cfg.similar or cfg.still) and self.read.clip:
