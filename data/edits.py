@@ -22,7 +22,7 @@ from data import captions, safe, stories, views, world
 from data.batches import seed_from
 from data.draw import uniform
 from data.parts import BUILTIN, Lazy, check_name, set_aside
-from data.views import ADD, BACKGROUND, RECOLOUR, REMOVE, RESHAPE
+from data.views import ADD, BACKGROUND, RECOLOUR, REMOVE, RESHAPE, RETEXTURE
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Edits:
     mask: Callable | None = None      # rows -> (B, 1, size, size), 1 where the edit may change a pixel
     wanted: Sequence | None = None    # E lists of sentences that are true of the result; None: the instruction is one
     claims: Callable | None = None    # (rows, seed, k) -> [(B true, B false sentences)] more of the same pictures
+    about: Callable | None = None     # (rows, seed) -> [(what it speaks of, B true, B false sentences)], see below
     view: Callable | None = None      # rows -> what data.views.edits says: scenes before and after, kinds
 
     def __len__(self):
@@ -97,7 +98,8 @@ def builtin(split, size, seed, kinds, pairs):
                  told(lambda v: views.EDITS[int(v["kind"][0])]),
                  lambda rows: world.render(view(rows)["before"], size)[0], told(lambda v: v["caption_before"][:1]),
                  lambda rows: shown(rows)[1], lambda rows: shown(rows)[2][:, None].float(),
-                 claims=lambda rows, seed, more: claims(view(rows), seed, more, split), view=view)
+                 claims=lambda rows, seed, more: claims(view(rows), seed, more, split),
+                 about=lambda rows, seed: about(view(rows), seed, split), view=view)
 
 
 def claims(view, seed, more, split):
@@ -121,6 +123,27 @@ def claims(view, seed, more, split):
         views.change(before, other, kind, which, u[:, 2], split)
         pairs.append((views.wishes(other, before, kind, which), views.wishes(before, other, kind, which)))
     return pairs
+
+
+def about(view, seed, split):
+    """What is true of the sources, by what it speaks of.   -> [("colour", B true, B false sentences), ...]
+
+    Colour, texture and shape of either thing (of the only one twice), background, presence: "there is a red star", "there is no
+    red star". False sentences name a value that the thing could have.
+    """
+    before, told = view["before"], []
+    u = uniform(before["key"] ^ seed_from(seed, 9), 1)[:, 0]
+    for slot, kind in ((0, RECOLOUR), (0, RETEXTURE), (0, RESHAPE), (0, BACKGROUND), (1, RECOLOUR), (1, RETEXTURE), (1, RESHAPE)):
+        which = slot * before["present"][:, 1].long()
+        kinds, other = torch.full_like(which, kind), {name: value.clone() for name, value in before.items()}
+        views.change(before, other, kinds, which, u, split)
+        told.append((views.CHANGES.get(views.EDITS[kind], "background"), views.wishes(other, before, kinds, which),
+                     views.wishes(before, other, kinds, which)))
+    for slot in (0, 1):
+        things = [world.noun(chance, fact["objects"][min(slot, len(fact["objects"]) - 1)], {"shape", "colour"})
+                  for chance, fact in zip(world.chances(before["key"], 98), world.facts(before), strict=True)]
+        told.append(("presence", [f"there is {world.article(x)}" for x in things], [f"there is no {x}" for x in things]))
+    return told
 
 
 def emoji(name, root, split, size, holdout):

@@ -9,6 +9,7 @@ The paper's losses were not published with its code and its text could not be re
 (UNVERIFIED), built from the code base it shares with DF-GAN and from what the released training script passes around.
 """
 import copy
+import math
 from dataclasses import dataclass
 from itertools import islice
 
@@ -24,7 +25,7 @@ from data.reader import reader
 from data.text import BytePairs, Vocabulary, read_merges, words_of
 from edit.judge import measure, summarise
 from edit.model import Critic, Generator, SentenceLSTM
-from edit.spoil import most_hurt, restored, spoil
+from edit.spoil import HUE, HUES, PASTED, TEXTURE, THING, WAYS, most_hurt, restored, spoil
 from kernels.attribution import show
 
 KINDS = ("recolour", "background", "retexture", "reshape", "add", "remove")         # as tables and pictures list them
@@ -39,9 +40,11 @@ class Config:
     root: str = ""                  # folder of the real data
     pairs: float = 0.0              # share of built-in pictures with a second thing (add, remove: always two)
     seed: int = 0                   # random seed
-    steps: int = 1400               # optimiser steps
-    eval_every: int = 350           # steps between evaluations
-    batch: int = 16                 # pictures edited in a step, B (the paper: 32)
+    steps: int = 1600               # optimiser steps
+    eval_every: int = 400           # steps between evaluations
+    batch: int = 16                 # pictures edited in a step before the critic, B (the paper: 32)
+    lessons: int = 48               # spoilt pictures restored in a step
+    alone: int = 1200               # steps with lessons only, before the critic is heard (ours; the paper: 0)
     size: int = 64                  # pixels of a side: 4 x a power of two (the paper: 256)
     base: int = 8                   # channels of the editor at full size, n (the paper: 32)
     critic_base: int = 24           # channels of the critic after its first halving (the paper: n)
@@ -53,13 +56,17 @@ class Config:
     text: str = "auto"              # clip: frozen; lstm: DAMSM's encoder, learnt with the critic; auto: clip on built-in data
     clip: str = ""                  # file of OpenAI's CLIP; empty: the small one of the built-in world
     merges: str = ""                # CLIP's vocabulary file, for --clip
-    lr: float = 1e-3                # Adam step size of the editor (the paper: 1e-4)
+    lr: float = 2e-3                # Adam step size of the editor (the paper: 1e-4)
+    anneal: int = 1600              # steps over which it falls to a tenth along a cosine; 0: it stays (the paper)
+    beta1: float = 0.9              # Adam's decay of the editor's mean gradient (the paper: 0)
+    beta2: float = 0.99             # ... and of its square (the paper: 0.9)
     critic_lr: float = 1e-3         # Adam step size of the critic (the paper: 4e-4)
-    similar: float = 0.3            # weight of CLIP's agreement with the sentence against the true one that it replaces
-    still: float = 0.3              # weight of CLIP's agreement with what the edit leaves as it was (ours)
+    fool: float = 0.3               # weight of the critic's opinion of an edit (the paper: 1)
+    similar: float = 0.0            # weight of CLIP's agreement with the sentence against the true one that it replaces
+    still: float = 0.0              # weight of CLIP's agreement with what the edit leaves as it was (ours)
     own: float = 8.0                # weight of L1: a true sentence must give the picture back
     spoil: bool = True              # ... from a spoilt copy of it (ours, edit/spoil.py); off: from the picture itself
-    keep: float = 1.0               # weight of the share of pixels that an edit changes (ours)
+    keep: float = 0.3               # weight of the share of pixels that an edit changes (ours)
     penalty: float = 2.0            # weight k of the matching-aware gradient penalty
     penalty_every: int = 4          # steps between penalties, each weighted by as much (DF-GAN: 1)
     more: int = 3                   # further true and false sentences the critic hears about a picture
@@ -80,8 +87,9 @@ def paper(name):
         raise ValueError(f"--paper={name} is unknown; there are birds, coco")
     epoch = {"birds": 8855, "coco": 82783}[name] // 32
     return {"data": name, "size": 256, "base": 32, "critic_base": 32, "code_width": 256, "batch": 32, "lr": 1e-4,
-            "critic_lr": 4e-4, "text": "lstm", "penalty_every": 1, "average": 0.0, "similar": 0.0, "still": 0.0, "own": 4.0,
-            "spoil": False, "copy_start": False, "near": False, "more": 0, "eval_every": 5 * epoch, "steps": 300 * epoch}
+            "critic_lr": 4e-4, "text": "lstm", "penalty_every": 1, "average": 0.0, "fool": 1.0, "keep": 1.0, "own": 4.0,
+            "spoil": False, "anneal": 0, "alone": 0, "beta1": 0.0, "beta2": 0.9, "copy_start": False, "near": False,
+            "more": 0, "eval_every": 5 * epoch, "steps": 300 * epoch}
 
 
 # -- sentences ----------------------------------------------------------------------------------------------------------
@@ -220,10 +228,11 @@ class Task:
     ablations = {
         "full": {}, "fixed composition": {"composition": "fixed"}, "static convolution": {"dynamic": False},
         "spatial only": {"composition": "spatial"}, "channel only": {"composition": "channel"},
-        "w/o semantic decoder": {"semantic": False}, "w/o CLIP similarity": {"similar": 0.0, "still": 0.0},
-        "w/o spoilt pictures": {"spoil": False}, "w/o what stays": {"still": 0.0},
-        "w/o own sentence": {"own": 0.0}, "w/o keep": {"keep": 0.0}, "rolled sentences": {"near": False, "more": 0},
-        "w/o mean of weights": {"average": 0.0}, "learnt text encoder": {"text": "lstm"},
+        "w/o semantic decoder": {"semantic": False}, "w/o spoilt pictures": {"spoil": False},
+        "critic from the start": {"alone": 0}, "w/o critic": {"alone": 10**9}, "with CLIP's wish": {"similar": 0.3, "still": 0.3},
+        "w/o own sentence": {"own": 0.0}, "w/o keep": {"keep": 0.0},
+        "rolled sentences": {"near": False, "more": 0}, "w/o mean of weights": {"average": 0.0},
+        "learnt text encoder": {"text": "lstm"},
     }
 
     def __init__(self, cfg, device):
@@ -235,9 +244,9 @@ class Task:
             start_as_copy(self.editor)
         self.critic = Critic(cfg.size, self.read.width, cfg.critic_base).to(device)
         self.mean = copy.deepcopy(self.editor).requires_grad_(False).eval()        # what is judged, saved and used
-        self.optimiser = torch.optim.Adam(self.editor.parameters(), cfg.lr, (0.0, 0.9))
+        self.optimiser = torch.optim.Adam(self.editor.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), fused=True)
         learnt = [*self.critic.parameters(), *(p for p in self.read.parameters())]
-        self.critic_optimiser = torch.optim.Adam(learnt, cfg.critic_lr, (0.0, 0.9))
+        self.critic_optimiser = torch.optim.Adam(learnt, cfg.critic_lr, (0.0, 0.9), fused=True)
         self.saved = {"editor": self.editor, "critic": self.critic, "mean": self.mean, "read": self.read,
                       "optimiser": self.optimiser, "critic_optimiser": self.critic_optimiser}
         self.judge = reader().to(device)
@@ -249,26 +258,80 @@ class Task:
     # -- one step -------------------------------------------------------------------------------------------------------
 
     def batches(self, seed, start, stop):
-        """Sources (B, 3, S, S) and pairs of true and false sentences about them; the results are rendered for --oracle only."""
+        """Sources (B, 3, S, S), pairs of true and false sentences about them, lessons; results are rendered for --oracle only."""
         train, cfg = self.data["train"], self.cfg
         for t in range(start, stop):
-            rows = batch_rows(len(train), cfg.batch, seed, t).tolist()
-            said = train.said(rows, seed + t, cfg.more)
+            rows = batch_rows(len(train), max(cfg.batch, cfg.lessons) if cfg.spoil else cfg.batch, seed, t).tolist()
+            few, source = rows[: cfg.batch], train.source(rows)
+            said = train.said(few, seed + t, cfg.more)
             if not cfg.near:                                 # rolled, as in DF-GAN: the next picture's true sentence
                 said = [(true, true[1:] + true[:1]) for true, _ in said]
-            source = train.source(rows)
-            spoilt = spoil(source, generator(seed, t)) if cfg.spoil else source
-            yield source, spoilt, said, train.target(rows) if cfg.oracle else None
+            lessons = (source, *self.spoilt(train, rows, source, seed, t)) if cfg.own and cfg.spoil else None
+            yield source[: cfg.batch], said, lessons, train.target(few) if cfg.oracle else None
+
+    def spoilt(self, data, rows, source, seed, step):
+        """What lessons are made of: spoilt pictures, pairs of sentences about what they were, (B, T) which suit which picture."""
+        ways = WAYS if data.about else HUES
+        spoilt, donor = spoil(source, generator(seed, step), ways)
+        if not data.about:                                   # any sentence may turn out to speak of the hue
+            said = data.said(rows, seed + step, self.cfg.more)
+            return spoilt, said, torch.ones(len(rows), len(said), dtype=torch.bool)
+
+        def pair(what, true, false):                         # of what was pasted: here it was not
+            return ([false[d] for d in donor], [true[d] for d in donor]) if what == "presence" else (true, false)
+
+        about, donor = data.about(rows, seed + step), donor.tolist()
+        suits = {HUE: ("colour", "background"), THING: ("colour", "background"), TEXTURE: ("texture",), PASTED: ("presence",)}
+        fits = torch.tensor([[what in suits[way] for what, _, _ in about] for way in ways])
+        return spoilt, [pair(*told) for told in about], fits[torch.arange(len(rows)) % len(ways)]
 
     def update(self, batch, step):
-        """Critic: real and true up, real and false or edited down. Editor: fool it, obey the sentence, keep the rest."""
-        cfg, (source, spoilt, said, target) = self.cfg, batch
-        source, spoilt = (parallel.shard(x).to(self.device).contiguous(memory_format=torch.channels_last)
-                          for x in (source, spoilt))
+        """Lessons first, later beside them: critic: real and true up, real and false or edited down. Editor: fool it, obey the
+        sentence, keep the rest."""
+        cfg, (source, said, lessons, target) = self.cfg, batch
+        fall = 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / cfg.anneal)) if cfg.anneal else 1.0
+        for group in self.optimiser.param_groups:
+            group["lr"] = cfg.lr * fall * min(1.0, (step + 1) / 100)
+        losses, terms = {}, {}
+        if lessons:
+            elsewhere = 2.0 if 0 < 3 * cfg.anneal <= 4 * step else 1.0           # first learn to change, then to keep
+            terms["own"], losses["sure"] = self.lesson(*lessons, elsewhere)
+        if not lessons or self.read.lstm or step >= cfg.alone:
+            more, heard = self.contest(source, said, target, step, own=cfg.own if not lessons else 0)
+            terms, losses = terms | more, losses | heard
+        parallel.descend(self.optimiser, sum(terms.values()))
+        self.follow(step)
+        return losses | {name: term.detach() for name, term in terms.items()}
+
+    def lesson(self, source, spoilt, said, fits, elsewhere=1.0):
+        """L1 of spoilt pictures, asked for by the true sentence that CLIP finds most hurt.   -> weighted loss, share of sure"""
+        given, told, sure = self.given(source, spoilt, said, fits)
+        source = parallel.shard(source).to(self.device)
+        error = restored(self.editor(given, self.read(told).detach()), source, given, elsewhere)
+        return self.cfg.own * (error * sure).mean(), sure.float().mean()
+
+    @torch.no_grad()
+    def given(self, source, spoilt, said, fits):
+        """Which spoilt pictures are asked back, and by what. Without CLIP: all, by their first sentence.
+
+        -> pictures (B, 3, S, S), B sentences, (B,) sure: if no fitting sentence is hurt there is nothing to be learnt
+        """
+        source, spoilt, fits = (parallel.shard(x).to(self.device).contiguous(memory_format=torch.channels_last) if x.dim() == 4
+                                else parallel.shard(x).to(self.device) for x in (source, spoilt, fits))
+        said = [(parallel.shard(true), parallel.shard(false)) for true, false in said]
+        if not self.read.clip:
+            return spoilt, said[0][0], torch.ones(len(source), dtype=torch.bool, device=self.device)
+        pair, sure = most_hurt(self.read.logits(source, said), self.read.logits(spoilt, said), fits.T)
+        return spoilt, [said[p][0][row] for row, p in enumerate(pair.tolist())], sure
+
+    def contest(self, source, said, target, step, own):
+        """Editor against critic, and CLIP's opinion of edits that nobody knows the result of.   -> terms of the editor, losses"""
+        cfg = self.cfg
+        source = parallel.shard(source).to(self.device).contiguous(memory_format=torch.channels_last)
         said = [(parallel.shard(true), parallel.shard(false)) for true, false in said]
         vectors = self.read([text for pair in said for texts in pair for text in texts])
         vectors = vectors.unflatten(0, (len(said), 2, -1))                       # (1 + more, 2, B, E)
-        own, asked = vectors[0].detach()
+        true, asked = vectors[0].detach()
         encoded = self.editor.encode(source)
         edited = self.editor.edit(encoded, asked)
 
@@ -281,17 +344,13 @@ class Task:
         losses = {"critic": d_loss.detach()}
         if cfg.penalty and step % cfg.penalty_every == 0:
             with torch.autocast(self.device.type, enabled=False):
-                d_loss = d_loss + cfg.penalty_every * cfg.penalty * gradient_penalty(self.critic, source, own)
+                d_loss = d_loss + cfg.penalty_every * cfg.penalty * gradient_penalty(self.critic, source, true)
         parallel.descend(self.critic_optimiser, d_loss)
 
         self.critic.requires_grad_(False)
-        terms = {"fool": -self.critic(edited, asked).mean(), "keep": cfg.keep * changed_share(edited, source)}
-        if cfg.own:
-            given, pair = self.lesson(source, spoilt, said)
-            told = vectors[pair, 0, torch.arange(len(pair), device=self.device)].detach()
-            back = self.editor.edit(self.editor.encode(given) if cfg.spoil else encoded, told)
-            elsewhere = 2.0 if cfg.spoil and 4 * step >= 3 * cfg.steps else 1.0   # first learn to change, then to keep
-            terms["own"] = cfg.own * restored(back, source, given, elsewhere).mean()
+        terms = {"fool": -cfg.fool * self.critic(edited, asked).mean(), "keep": cfg.keep * changed_share(edited, source)}
+        if own:                                                                  # the usual way: from the picture itself
+            terms["own"] = own * (self.editor.edit(encoded, true) - source).abs().mean()
         if (cfg.similar or cfg.still) and self.read.clip:
             true, false = self.read.logits(edited, said).unbind(1)                             # (1 + more, B) each
             terms["similar"] = -cfg.similar * F.logsigmoid(false[0] - true[0]).mean()          # the wish, not what was so
@@ -299,18 +358,7 @@ class Task:
                 terms["still"] = -cfg.still * F.logsigmoid(true[1:] - false[1:]).mean()        # and all else as it was
         if cfg.oracle:
             terms["oracle"] = cfg.oracle * (edited - parallel.shard(target).to(self.device)).abs().mean()
-        parallel.descend(self.optimiser, sum(terms.values()))
-        self.follow(step)
-        return losses | {name: term.detach() for name, term in terms.items()}
-
-    @torch.no_grad()
-    def lesson(self, source, spoilt, said):
-        """Which pictures to restore, and by which of their true sentences: by the one that CLIP finds most hurt. If it finds
-        none the picture stays whole; without CLIP it is the first.   -> pictures (B, 3, S, S), (B,) int64"""
-        if not self.cfg.spoil or not self.read.clip:
-            return spoilt, torch.zeros(len(source), dtype=torch.long, device=source.device)
-        pair, hurt = most_hurt(self.read.logits(source, said), self.read.logits(spoilt, said))
-        return torch.where(hurt[:, None, None, None], spoilt, source), pair * hurt
+        return terms, losses
 
     @torch.no_grad()
     def follow(self, step):
@@ -370,14 +418,19 @@ class Task:
         cells = [[(pictures[i], texts[i]) for pictures, texts in columns] for i in range(len(shown))]
         per_row = max(1, 12 // len(columns))
         panels(folder / "edits.png", [sum(cells[i : i + per_row], []) for i in range(0, len(cells), per_row)], size=72)
-        rows = range(min(len(data), 12))
-        source, said = data.source(rows), data.said(rows, 0, self.cfg.more)
-        given, pair = self.lesson(source.to(self.device), spoil(source, generator(0)).to(self.device), said)
-        asked = [said[p][0][row] for row, p in enumerate(pair.tolist())]
-        back = self.edit(given, asked).cpu()
-        cells = [[(source[row], "picture"), (given[row], "given"), (back[row], asked[row])] for row in rows]
-        panels(folder / "lessons.png", [sum(cells[i : i + 4], []) for i in rows[::4]], size=72)
+        if self.cfg.spoil:
+            self.draw_lessons(folder / "lessons.png")
         self.draw_weights(folder / "weights.png", kinds)
+
+    def draw_lessons(self, path):
+        """Pictures, what was given to the editor, and what it made of it with the sentence that was asked."""
+        data = self.data["test"]
+        rows = range(min(len(data), 48))
+        source = data.source(rows)
+        given, told, sure = self.given(source, *self.spoilt(data, rows, source, 0, 0))
+        back = self.edit(given, told)
+        cells = [[(source[row], "picture"), (given[row], "given"), (back[row], told[row])] for row in rows if sure[row]]
+        panels(path, [sum(cells[first : first + 4], []) for first in range(0, min(len(cells), 16), 4)], size=72)
 
     def draw_weights(self, path, kinds):
         """Mean w of each DEBlock for each kind of edit, and how well w alone tells attribute edits from shape edits."""

@@ -1,4 +1,5 @@
 """What DE-Net's task, judges and editing command promise."""
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -14,10 +15,11 @@ from data.world import pick, render
 from edit import sample, task
 from edit.judge import verdict
 from edit.model import Critic, Generator, up_conv
+from edit.spoil import HUE, PASTED, TEXTURE, WAYS
 from edit.task import Config, Task, gradient_penalty, hinge, start_as_copy, whitening
 
-TINY = {"size": 32, "base": 6, "critic_base": 2, "code_width": 4, "kernels": 2, "batch": 2, "more": 1,
-        "steps": 6, "eval_every": 3}
+TINY = {"size": 32, "base": 6, "critic_base": 2, "code_width": 4, "kernels": 2, "batch": 2, "lessons": 4, "more": 1,
+        "alone": 2, "steps": 6, "eval_every": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -199,30 +201,59 @@ def test_nothing_of_the_result_is_rendered_unless_asked():
 
 
 def test_the_oracle_learns_one_batch_by_heart():
-    one = tiny(base=8, oracle=10.0, similar=0.0, keep=0.0, own=0.0, penalty=0.0, critic_lr=0.0, lr=3e-3, batch=4)
+    one = tiny(base=8, oracle=10.0, similar=0.0, keep=0.0, own=0.0, penalty=0.0, critic_lr=0.0, lr=3e-3, batch=4, alone=0,
+               anneal=0)
     batch = next(iter(one.batches(0, 0, 1)))
     losses = [float(one.update(batch, t)["oracle"]) for t in range(60)]
     assert losses[-1] < 0.4 * losses[0], f"L1 to the known result went from {losses[0]:.2f} to {losses[-1]:.2f}"
 
 
 def test_what_was_spoilt_is_restored_by_heart():
-    one = tiny(base=8, similar=0.0, still=0.0, keep=0.0, penalty=0.0, critic_lr=0.0, lr=3e-3, batch=6)
+    one = tiny(base=8, alone=80, anneal=0, lr=3e-3, lessons=8)
     batch = next(iter(one.batches(0, 0, 1)))
-    losses = [float(one.update(batch, t)["own"]) for t in range(60)]
+    losses = [float(one.update(batch, t)["own"]) for t in range(80)]
     assert losses[-1] < 0.5 * losses[0], f"L1 to the unspoilt pictures went from {losses[0]:.2f} to {losses[-1]:.2f}"
 
 
-def test_a_lesson_spoils_only_where_a_sentence_is_hurt():
-    one = tiny(batch=16, more=3)
-    source, spoilt, said, _ = next(iter(one.batches(0, 0, 1)))
-    given, pair = one.lesson(source, spoilt, said)
-    whole = (given == source).flatten(1).all(1)
-    assert 0 < whole.sum() < 16 and (pair[whole] == 0).all() and pair.max() > 0
-    assert torch.equal(given[~whole], spoilt[~whole])
+def test_lessons_come_first_and_the_critic_later():
+    one = tiny(alone=3)
+    before = copy.deepcopy(one.critic.state_dict())
+    assert set(steps(one, 0, 3)) == {"own", "sure"}
+    assert all(torch.equal(value, before[name]) for name, value in one.critic.state_dict().items())
+    assert {"own", "critic", "fool", "similar", "still"} <= set(steps(one, 3, 4))
+    assert "critic" in steps(tiny(alone=3, text="lstm"), 0, 1), "a learnt text encoder has only the critic to learn from"
+
+
+def test_a_lesson_asks_for_what_was_hurt_in_words_that_speak_of_it():
+    one = tiny(lessons=48)
+    source, spoilt, said, fits = next(iter(one.batches(0, 0, 1)))[2]
+    given, told, sure = one.given(source, spoilt, said, fits)
+    assert torch.equal(given, spoilt) and 12 < sure.sum() < 48
+    way = torch.tensor(WAYS)[torch.arange(48) % len(WAYS)]
+    for row in sure.nonzero()[:, 0].tolist():
+        absent = told[row].startswith("there is no")
+        assert absent == (way[row] == PASTED), told[row]
+        assert told[row] not in [false[row] for _, false in said]
+    assert any("background" in told[row] for row in range(48) if sure[row] and way[row] == HUE)
+    assert not any("background" in told[row] for row in range(48) if sure[row] and way[row] == TEXTURE)
+
+
+def test_nothing_is_learnt_from_a_picture_that_no_sentence_misses():
+    one = tiny(lessons=8)
+    source, spoilt, said, fits = next(iter(one.batches(0, 0, 1)))[2]
+    loss, sure = one.lesson(source, source, said, fits)
+    assert loss == 0 and sure == 0
+    assert one.lesson(source, spoilt, said, fits)[0] > 0
+    assert one.lesson(source, spoilt, said, fits, 2.0)[0] > one.lesson(source, spoilt, said, fits)[0]
+
+
+def test_pictures_about_which_less_is_known_lose_hues_only():
+    one = tiny(lessons=8, more=2)
+    one.data["train"] = dataclasses.replace(one.data["train"], about=None)
+    _, spoilt, said, fits = next(iter(one.batches(0, 0, 1)))[2]
+    assert len(said) == 3 and fits.all() and fits.shape == (8, 3)
     one.cfg = dataclasses.replace(one.cfg, spoil=False)
-    source, spoilt, said, _ = next(iter(one.batches(0, 0, 1)))
-    given, pair = one.lesson(source, spoilt, said)
-    assert torch.equal(given, source) and (pair == 0).all()
+    assert next(iter(one.batches(0, 0, 1)))[2] is None and set(steps(one, 0, 1)) >= {"own", "critic"}
 
 
 def test_six_steps_equal_four_then_two():
