@@ -14,7 +14,7 @@ from tests.test_train import same
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = [name for name, (module, *_) in train.MODELS.items() if train.module_file(module).exists()]
-SMALL = {"galip": ["--batch=4"], "denet": ["--batch=4", "--lessons=8", "--alone=1"], "storyimager": ["--batch=4"],
+SMALL = {"galip": ["--batch=4"], "denet": ["--batch=4", "--lessons=8", "--alone=0"], "storyimager": ["--batch=4"],
          "dualvgr": ["--batch=8", "--videos=40"]}
 every_model = pytest.mark.parametrize("name", HERE)
 
