@@ -1,6 +1,6 @@
 """Spoilt pictures: what to change and what to keep, learnt from pictures and sentences alone (ours, not in the paper).
 
-    spoilt, donor = spoil(pictures, generator(0))            # each lost a hue or a texture, or got a thing too many
+    spoilt, donor = spoil(pictures, generator(0))            # each lost a hue, or got a thing too many
 
 Asked for what was true of a picture before it was spoilt, the editor has to give the picture back. That is an edit whose
 result is known although nobody made it: change one thing as the sentence says, keep all else. What spoils a picture comes out
@@ -9,18 +9,17 @@ of another one, found by its hue: no scene, mask or attribute of the built-in wo
 import torch
 from torch.nn import functional as F
 
-HUE, THING, TEXTURE, PASTED = range(4)
-WAYS = (HUE, THING, TEXTURE, PASTED, THING, TEXTURE, PASTED, PASTED)          # row i is spoilt in way i % 8
+HUE, THING, PASTED = range(3)
+WAYS = (HUE, THING, PASTED, THING, PASTED, THING, PASTED, THING)              # row i is spoilt in way i % 8
 HUES = (HUE, THING, THING, THING)                                             # where nobody knows what a sentence is about
 
 
 def spoil(pictures, rng, ways=WAYS, near=(0.2, 0.3), tries=48):
     """Spoil row i in way i % len(ways), with what is found in other rows.   (B, 3, S, S) in [-1, 1]
 
-    HUE      all places of one hue, mostly the background, take the mean colour of such places in another picture
-    THING    the same for the hue least like the picture's median, mostly a thing on a background
-    TEXTURE  the thing takes the light and dark of another, in its own colour
-    PASTED   another picture's thing is put where there is room; best from a picture with the same background
+    HUE     all places of one hue, mostly the background, take the mean colour of such places in another picture
+    THING   the same for the hue least like the picture's median, mostly a thing on a background
+    PASTED  another picture's thing is put where there is room; best from a picture with the same background
 
     All that lies within `near` of a hue (of HUE, of the others) is spoilt, half of that wholly; shades stay, and so textures and
     shadows. A row without a partner stays as it is.   -> (B, 3, S, S), (B,) whose thing was pasted, else the row itself
@@ -39,74 +38,47 @@ def spoil(pictures, rng, ways=WAYS, near=(0.2, 0.3), tries=48):
     share = (2 - far / near).clamp(0, 1)                                             # (B, 1, S, S), 1 where it is spoilt
     area = share.mean((1, 2, 3))
     colour = ((pictures * share).sum((2, 3)) / share.sum((2, 3)))[..., None, None]   # (B, 3, 1, 1) mean of what is spoilt
-    rest = (pictures - colour) * share                                               # its light and dark
-    rough = rest.abs().mean((1, 2, 3)) / area
     ground = pictures.flatten(2).median(2).values                                    # (B, 3)
     apart = (ground[:, None] - ground).abs().mean(2)                                 # (B, B) how unlike backgrounds are
     thing = (way.to(area.device) != HUE) & (area < 0.3) & (area > 0.01)
-    at = box(share)
 
     def partners(mine, cost, among):
         """One of the `among` cheapest things of other pictures.   -> rows, and whether there is one"""
-        cost = cost + 0.02 * torch.rand(len(mine), len(rows), generator=rng).to(cost)
+        cost = cost[mine] + 0.02 * torch.rand(len(mine), len(rows), generator=rng).to(cost)
         cost = cost + 9.0 * ((rows == mine[:, None]).to(cost.device) | ~thing)
         best = cost.topk(min(among, len(rows)), largest=False)
         pick = torch.randint(best.indices.shape[1], (len(mine), 1), generator=rng).to(cost.device)
-        return best.indices.gather(1, pick)[:, 0].cpu(), best.values.gather(1, pick)[:, 0] < 5
+        return best.indices.gather(1, pick)[:, 0].cpu(), (best.values.gather(1, pick) < 5)[..., None, None]
 
     other = colour.roll(-len(ways) if len(rows) > len(ways) else -1, 0)
     spoilt, donor = pictures + share * (other - colour), rows.clone()                # HUE
-    for kind, cost, among in ((THING, 0 * apart, 8), (TEXTURE, -(rough[:, None] - rough).abs(), 8), (PASTED, apart, 4)):
-        mine = (way == kind).nonzero()[:, 0]
-        if not len(mine):
-            continue
-        other, good = partners(mine, cost[mine], among)
-        good, x, mark = good & (thing[mine] | (kind == PASTED)), pictures[mine], share[mine]
-        here, there = ([part[which] for part in at] for which in (mine, other))
-        if kind == THING:
-            x = x + mark * (colour[other] - colour[mine])
-        elif kind == TEXTURE:
-            x = x + mark * (colour[mine] + warp(rest[other], *here, there[0], 0.8 * there[1]) - x)
-        else:
-            busy = ((flat - usual)[mine].norm(dim=1).view_as(mark) > 0.2).to(mark)
-            busy = torch.maximum(busy, mark * thing[mine][:, None, None, None])
-            x, fits = paste(x, busy, pictures[other], share[other], there[0], rng)
-            good = good & fits
-            donor[mine] = torch.where(good.cpu(), other, mine)
-        spoilt[mine] = torch.where(good[:, None, None, None], x, pictures[mine])
+    mine = (way == THING).nonzero()[:, 0]
+    if len(mine):
+        other, good = partners(mine, 0 * apart, 8)
+        good = good & thing[mine][:, None, None, None]
+        spoilt[mine] = pictures[mine] + good * share[mine] * (colour[other] - colour[mine])
+    mine = (way == PASTED).nonzero()[:, 0]
+    if len(mine):
+        other, good = partners(mine, apart, 4)
+        busy = ((flat - usual)[mine].norm(dim=1).view_as(share[mine]) > 0.2).to(share)
+        busy = torch.maximum(busy, share[mine] * thing[mine][:, None, None, None])
+        pasted, fits = paste(pictures[mine], busy, pictures[other], share[other], rng)
+        good = good & fits[:, None, None, None]
+        spoilt[mine] = torch.where(good, pasted, pictures[mine])
+        donor[mine] = torch.where(good.flatten().cpu(), other, mine)
     return spoilt.clamp(-1, 1), donor
 
 
-# -- things that are cut out and put elsewhere ---------------------------------------------------------------------------
-
-
-def box(share):
-    """Centre and half extent of what is marked, in [-1, 1].   (B, 1, S, S) -> (B, 2) x and y, (B,)"""
-    size, ends = share.shape[-1], []
-    for marked in (share.amax((1, 2)) > 0.5, share.amax((1, 3)) > 0.5):              # (B, S) columns, rows
-        first, last = marked.int().argmax(1), size - 1 - marked.int().flip(1).argmax(1)
-        ends.append(torch.stack([first, last + 1], dim=1) * 2 / size - 1)
-    ends = torch.stack(ends, dim=1)                                                  # (B, 2, 2)
-    return ends.mean(2), (ends[..., 1] - ends[..., 0]).amax(1) / 2
-
-
-def warp(x, at, half, there, halves):
-    """Bring what lies around `there`, with half extent `halves`, to `at` and `half`.   (B, C, S, S) -> the same"""
-    scale = (halves / half)[:, None]
-    theta = torch.cat([torch.eye(2, device=x.device) * scale[..., None], (there - scale * at)[..., None]], dim=2)
-    return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="border", align_corners=False)
-
-
-def wider(mask, by):
-    return F.max_pool2d(mask, 2 * by + 1, 1, by)
-
-
-def paste(pictures, busy, others, share, centre, rng, room=0.1):
+def paste(pictures, busy, others, share, rng, room=0.1):
     """Put the marked things of `others`, 0.5 to 0.9 of their size, where hardly any is in the way.   -> pictures, (B,) fits"""
     size = pictures.shape[-1]
-    scale = (0.5 + 0.4 * torch.rand(len(pictures), generator=rng)).to(share)
-    others, mask = (warp(x, 0 * centre, scale, centre, torch.ones_like(scale)) for x in (others, share))
-    mask = F.avg_pool2d(wider(mask, 1 + size // 32), 3, 1, 1)                       # with outline and shadow
+    at = torch.linspace(1 / size - 1, 1 - 1 / size, size, device=share.device)
+    middle = torch.cat([(share.sum(axis) * at).sum(2) for axis in (2, 3)], dim=1) / share.sum((2, 3)).clamp(min=1)       # (B, 2)
+    scale = (0.5 + 0.4 * torch.rand(len(pictures), 1, 1, generator=rng)).to(share)
+    theta = torch.cat([torch.eye(2, device=share.device) / scale, middle[..., None]], dim=2)
+    grid = F.affine_grid(theta, others.shape, align_corners=False)
+    others, mask = (F.grid_sample(x, grid, padding_mode="border", align_corners=False) for x in (others, share))
+    mask = F.avg_pool2d(F.max_pool2d(mask, 3 + 2 * (size // 32), 1, 1 + size // 32), 3, 1, 1)          # with outline and shadow
     busy = busy.clone()
     busy[..., [0, -1], :] = busy[..., [0, -1]] = 20.0                                # nothing reaches over the edge
     # What is in the way of the thing, for all its shifts around the edges at once: sums of busy(p) mask(p - s) over places p.

@@ -25,7 +25,7 @@ from data.reader import reader
 from data.text import BytePairs, Vocabulary, read_merges, words_of
 from edit.judge import measure, summarise
 from edit.model import Critic, Generator, SentenceLSTM
-from edit.spoil import HUE, HUES, PASTED, TEXTURE, THING, WAYS, most_hurt, restored, spoil
+from edit.spoil import HUES, PASTED, WAYS, most_hurt, restored, spoil
 from kernels.attribution import show
 
 KINDS = ("recolour", "background", "retexture", "reshape", "add", "remove")         # as tables and pictures list them
@@ -281,8 +281,8 @@ class Task:
             return ([false[d] for d in donor], [true[d] for d in donor]) if what == "presence" else (true, false)
 
         about, donor = data.about(rows, seed + step), donor.tolist()
-        suits = {HUE: ("colour", "background"), THING: ("colour", "background"), TEXTURE: ("texture",), PASTED: ("presence",)}
-        fits = torch.tensor([[what in suits[way] for what, _, _ in about] for way in ways])
+        suits = [("presence",) if way == PASTED else ("colour", "background") for way in ways]
+        fits = torch.tensor([[what in some for what, _, _ in about] for some in suits])
         return spoilt, [pair(*told) for told in about], fits[torch.arange(len(rows)) % len(ways)]
 
     def update(self, batch, step):
