@@ -140,9 +140,10 @@ def about(view, seed, split):
         told.append((views.CHANGES.get(views.EDITS[kind], "background"), views.wishes(other, before, kinds, which),
                      views.wishes(before, other, kinds, which)))
     for slot in (0, 1):
-        things = [world.noun(chance, fact["objects"][min(slot, len(fact["objects"]) - 1)], {"shape", "colour"})
-                  for chance, fact in zip(world.chances(before["key"], 98), world.facts(before), strict=True)]
-        told.append(("presence", [f"there is {world.article(x)}" for x in things], [f"there is no {x}" for x in things]))
+        things = [fact["objects"][min(slot, len(fact["objects"]) - 1)] for fact in world.facts(before)]
+        there, gone = (list(map(world.noun, world.chances(before["key"], k), things, [tell] * len(things)))
+                       for k, tell in ((97, {"shape", "colour", "texture", "size"}), (98, {"shape", "colour"})))
+        told.append(("presence", [f"there is {world.article(x)}" for x in there], [f"there is no {x}" for x in gone]))
     return told
 
 

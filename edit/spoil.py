@@ -1,16 +1,18 @@
 """Spoilt pictures: what to change and what to keep, learnt from pictures and sentences alone (ours, not in the paper).
 
-    spoilt, donor = spoil(pictures, generator(0))            # each lost a hue, or got a thing too many
+    given, wanted, donor = spoil(pictures, generator(0))     # each lost a hue, or got a thing too many, or lacks one
 
 Asked for what was true of a picture before it was spoilt, the editor has to give the picture back. That is an edit whose
 result is known although nobody made it: change one thing as the sentence says, keep all else. What spoils a picture comes out
 of another one, found by its hue: no scene, mask or attribute of the built-in world is used, so it serves any picture.
 """
+import functools
+
 import torch
 from torch.nn import functional as F
 
-HUE, THING, PASTED = range(3)
-WAYS = (HUE, THING, PASTED, THING, PASTED, THING, PASTED, THING)              # row i is spoilt in way i % 8
+HUE, THING, PASTED, ADDED = range(4)
+WAYS = (HUE, THING, ADDED, PASTED, THING, PASTED, THING, ADDED)               # row i is spoilt in way i % 8
 HUES = (HUE, THING, THING, THING)                                             # where nobody knows what a sentence is about
 
 
@@ -20,9 +22,12 @@ def spoil(pictures, rng, ways=WAYS, near=(0.2, 0.3), tries=48):
     HUE     all places of one hue, mostly the background, take the mean colour of such places in another picture
     THING   the same for the hue least like the picture's median, mostly a thing on a background
     PASTED  another picture's thing is put where there is room; best from a picture with the same background
+    ADDED   the other way round: the picture is given whole, and another one's thing is wanted in its emptiest quarter, always of
+            one size: what no sentence tells must be a function of the picture, or L1 teaches a blur
 
     All that lies within `near` of a hue (of HUE, of the others) is spoilt, half of that wholly; shades stay, and so textures and
-    shadows. A row without a partner stays as it is.   -> (B, 3, S, S), (B,) whose thing was pasted, else the row itself
+    shadows. A row without a partner stays as it is.
+    -> given, wanted (B, 3, S, S): all but ADDED want the picture; (B,) whose thing was pasted or added, else the row itself
     """
     rows, light = torch.arange(len(pictures)), pictures.mean(1, keepdim=True)
     way = torch.tensor(ways)[rows % len(ways)]
@@ -33,13 +38,12 @@ def spoil(pictures, rng, ways=WAYS, near=(0.2, 0.3), tries=48):
     drawn = flat.gather(2, places[:, None].expand(-1, 4, -1))                        # (B, 4, tries)
     unlike = (drawn - usual).square().sum(1).argmax(1).cpu()
     chosen = drawn[rows, :, torch.where(way == HUE, 0, unlike)]                      # (B, 4)
-    far = (tint - chosen[..., None, None]).norm(dim=1, keepdim=True)
+    far = length(tint - chosen[..., None, None])
     near = torch.where(way == HUE, *near).to(far)[:, None, None, None]
     share = (2 - far / near).clamp(0, 1)                                             # (B, 1, S, S), 1 where it is spoilt
     area = share.mean((1, 2, 3))
     colour = ((pictures * share).sum((2, 3)) / share.sum((2, 3)))[..., None, None]   # (B, 3, 1, 1) mean of what is spoilt
-    ground = pictures.flatten(2).median(2).values                                    # (B, 3)
-    apart = (ground[:, None] - ground).abs().mean(2)                                 # (B, B) how unlike backgrounds are
+    apart = (usual[:, None, :, 0] - usual[..., 0]).abs().mean(2)                     # (B, B) how unlike backgrounds are
     thing = (way.to(area.device) != HUE) & (area < 0.3) & (area > 0.01)
 
     def partners(mine, cost, among):
@@ -51,34 +55,51 @@ def spoil(pictures, rng, ways=WAYS, near=(0.2, 0.3), tries=48):
         return best.indices.gather(1, pick)[:, 0].cpu(), (best.values.gather(1, pick) < 5)[..., None, None]
 
     other = colour.roll(-len(ways) if len(rows) > len(ways) else -1, 0)
-    spoilt, donor = pictures + share * (other - colour), rows.clone()                # HUE
+    given, wanted, donor = pictures + share * (other - colour), pictures.clone(), rows.clone()               # HUE
     mine = (way == THING).nonzero()[:, 0]
     if len(mine):
         other, good = partners(mine, 0 * apart, 8)
         good = good & thing[mine][:, None, None, None]
-        spoilt[mine] = pictures[mine] + good * share[mine] * (colour[other] - colour[mine])
-    mine = (way == PASTED).nonzero()[:, 0]
-    if len(mine):
-        other, good = partners(mine, apart, 4)
-        busy = ((flat - usual)[mine].norm(dim=1).view_as(share[mine]) > 0.2).to(share)
-        busy = torch.maximum(busy, share[mine] * thing[mine][:, None, None, None])
-        pasted, fits = paste(pictures[mine], busy, pictures[other], share[other], rng)
-        good = good & fits[:, None, None, None]
-        spoilt[mine] = torch.where(good, pasted, pictures[mine])
-        donor[mine] = torch.where(good.flatten().cpu(), other, mine)
-    return spoilt.clamp(-1, 1), donor
+        given[mine] = pictures[mine] + good * share[mine] * (colour[other] - colour[mine])
+    for kind, put, changed in ((PASTED, functools.partial(paste, rng=rng), given), (ADDED, add, wanted)):
+        mine = (way == kind).nonzero()[:, 0]
+        if len(mine):
+            other, good = partners(mine, apart, 4)
+            busy = (length(tint - usual[..., None])[mine] > 0.2).to(share)
+            busy = torch.maximum(busy, share[mine] * thing[mine][:, None, None, None])
+            both, fits = put(pictures[mine], busy, pictures[other], share[other])
+            good = good & fits[:, None, None, None]
+            given[mine], changed[mine] = pictures[mine], torch.where(good, both, pictures[mine])
+            donor[mine] = torch.where(good.flatten().cpu(), other, mine)
+    return given.clamp(-1, 1), wanted.clamp(-1, 1), donor
+
+
+def moved(others, share, scale, spot=0.0):
+    """The marked things at `spot` (B, 2), `scale` (B, 1) times as large.   -> pictures, masks with outline and shadow"""
+    at, size = coordinates(share), share.shape[-1]
+    middle = torch.cat([(share.sum(axis) * at).sum(2) for axis in (2, 3)], dim=1) / share.sum((2, 3)).clamp(min=1)       # (B, 2)
+    turn = torch.eye(2, device=share.device) / scale[..., None]                                              # (B, 2, 2)
+    grid = F.affine_grid(torch.cat([turn, (middle - spot / scale)[..., None]], dim=2), others.shape, align_corners=False)
+    others = F.grid_sample(others, grid, padding_mode="border", align_corners=False)
+    mask = F.grid_sample(share, grid, align_corners=False)
+    return others, F.avg_pool2d(F.max_pool2d(mask, 3 + 2 * (size // 32), 1, 1 + size // 32), 3, 1, 1)
+
+
+def length(x):
+    """Of the vectors along dim 1, which stays; many times as fast as .norm there."""
+    return x.square().sum(1, keepdim=True).sqrt()
+
+
+def coordinates(share):
+    """Coordinates of pixels, as grid_sample counts them.   -> (S,) in (-1, 1)"""
+    size = share.shape[-1]
+    return torch.linspace(1 / size - 1, 1 - 1 / size, size, device=share.device)
 
 
 def paste(pictures, busy, others, share, rng, room=0.1):
     """Put the marked things of `others`, 0.5 to 0.9 of their size, where hardly any is in the way.   -> pictures, (B,) fits"""
     size = pictures.shape[-1]
-    at = torch.linspace(1 / size - 1, 1 - 1 / size, size, device=share.device)
-    middle = torch.cat([(share.sum(axis) * at).sum(2) for axis in (2, 3)], dim=1) / share.sum((2, 3)).clamp(min=1)       # (B, 2)
-    scale = (0.5 + 0.4 * torch.rand(len(pictures), 1, 1, generator=rng)).to(share)
-    theta = torch.cat([torch.eye(2, device=share.device) / scale, middle[..., None]], dim=2)
-    grid = F.affine_grid(theta, others.shape, align_corners=False)
-    others, mask = (F.grid_sample(x, grid, padding_mode="border", align_corners=False) for x in (others, share))
-    mask = F.avg_pool2d(F.max_pool2d(mask, 3 + 2 * (size // 32), 1, 1 + size // 32), 3, 1, 1)          # with outline and shadow
+    others, mask = moved(others, share, (0.5 + 0.4 * torch.rand(len(pictures), 1, generator=rng)).to(share))
     busy = busy.clone()
     busy[..., [0, -1], :] = busy[..., [0, -1]] = 20.0                                # nothing reaches over the edge
     # What is in the way of the thing, for all its shifts around the edges at once: sums of busy(p) mask(p - s) over places p.
@@ -93,6 +114,18 @@ def paste(pictures, busy, others, share, rng, room=0.1):
     return pictures + mask * (others - pictures), fits
 
 
+def add(pictures, busy, others, share, room=0.1, radius=0.25):
+    """Put the marked things of `others`, of root mean square `radius`, in the emptiest quarter.   -> pictures, (B,) fits"""
+    at = coordinates(share)
+    spots = torch.tensor([[x, y] for y in (-0.5, 0.5) for x in (-0.5, 0.5)], device=share.device)      # (4, 2)
+    near = torch.exp(-((at - spots[:, :1]).square()[:, None] + (at - spots[:, 1:]).square()[..., None]) / 0.18)     # (4, S, S)
+    spot = spots[(busy.flatten(1) @ near.flatten(1).T).argmin(1)]
+    mass = share / share.sum((2, 3), keepdim=True).clamp(min=1)
+    spread = sum((mass.sum(axis) * at.square()).sum(2) - (mass.sum(axis) * at).sum(2).square() for axis in (2, 3))       # (B, 1)
+    others, mask = moved(others, share, radius / spread.clamp(min=1e-4).sqrt(), spot)
+    return pictures + mask * (others - pictures), (mask * busy).sum((1, 2, 3)) < room * mask.sum((1, 2, 3))
+
+
 # -- the sentence to ask by, and what is asked ------------------------------------------------------------------------------
 
 
@@ -100,11 +133,10 @@ def most_hurt(before, after, fits=None, least=0.5):
     """Which true sentence a picture no longer deserves.   before, after: CLIP's logits of pairs (T, 2, B), true and false
 
     fits  (T, B) bool: pairs that speak of what was spoilt; None: any
-    -> (B,) the pair whose true sentence was ahead and lost most against its false one, (B,) whether it lost more than `least`
+    -> (B,) the pair whose true sentence lost most against its false one, (B,) whether it lost more than `least`
     """
-    lead = before[:, 0] - before[:, 1]
-    lost = (lead - after[:, 0] + after[:, 1]).masked_fill(lead < 0, -9)
-    lost, pair = (lost if fits is None else lost.masked_fill(~fits, -9)).max(0)
+    lost = (before[:, 0] - before[:, 1]) - (after[:, 0] - after[:, 1])
+    lost, pair = (lost if fits is None else lost.masked_fill(~fits, -torch.inf)).max(0)
     return pair, lost > least
 
 

@@ -25,7 +25,7 @@ from data.reader import reader
 from data.text import BytePairs, Vocabulary, read_merges, words_of
 from edit.judge import measure, summarise
 from edit.model import Critic, Generator, SentenceLSTM
-from edit.spoil import HUES, PASTED, WAYS, most_hurt, restored, spoil
+from edit.spoil import ADDED, HUES, PASTED, WAYS, most_hurt, restored, spoil
 from kernels.attribution import show
 
 KINDS = ("recolour", "background", "retexture", "reshape", "add", "remove")         # as tables and pictures list them
@@ -40,11 +40,11 @@ class Config:
     root: str = ""                  # folder of the real data
     pairs: float = 0.0              # share of built-in pictures with a second thing (add, remove: always two)
     seed: int = 0                   # random seed
-    steps: int = 1600               # optimiser steps
+    steps: int = 2000               # optimiser steps
     eval_every: int = 400           # steps between evaluations
     batch: int = 16                 # pictures edited in a step before the critic, B (the paper: 32)
     lessons: int = 48               # spoilt pictures restored in a step
-    alone: int = 1200               # steps with lessons only, before the critic is heard (ours; the paper: 0)
+    alone: int = 1600               # steps with lessons only, before the critic is heard (ours; the paper: 0)
     size: int = 64                  # pixels of a side: 4 x a power of two (the paper: 256)
     base: int = 8                   # channels of the editor at full size, n (the paper: 32)
     critic_base: int = 24           # channels of the critic after its first halving (the paper: n)
@@ -57,13 +57,12 @@ class Config:
     clip: str = ""                  # file of OpenAI's CLIP; empty: the small one of the built-in world
     merges: str = ""                # CLIP's vocabulary file, for --clip
     lr: float = 2e-3                # Adam step size of the editor (the paper: 1e-4)
-    anneal: int = 1600              # steps over which it falls to a tenth along a cosine; 0: it stays (the paper)
+    anneal: int = 2000              # steps over which it falls to a tenth along a cosine; 0: it stays (the paper)
     beta1: float = 0.9              # Adam's decay of the editor's mean gradient (the paper: 0)
     beta2: float = 0.99             # ... and of its square (the paper: 0.9)
     critic_lr: float = 1e-3         # Adam step size of the critic (the paper: 4e-4)
     fool: float = 0.3               # weight of the critic's opinion of an edit (the paper: 1)
     similar: float = 0.0            # weight of CLIP's agreement with the sentence against the true one that it replaces
-    still: float = 0.0              # weight of CLIP's agreement with what the edit leaves as it was (ours)
     own: float = 8.0                # weight of L1: a true sentence must give the picture back
     spoil: bool = True              # ... from a spoilt copy of it (ours, edit/spoil.py); off: from the picture itself
     keep: float = 0.3               # weight of the share of pixels that an edit changes (ours)
@@ -229,7 +228,7 @@ class Task:
         "full": {}, "fixed composition": {"composition": "fixed"}, "static convolution": {"dynamic": False},
         "spatial only": {"composition": "spatial"}, "channel only": {"composition": "channel"},
         "w/o semantic decoder": {"semantic": False}, "w/o spoilt pictures": {"spoil": False},
-        "critic from the start": {"alone": 0}, "w/o critic": {"alone": 10**9}, "with CLIP's wish": {"similar": 0.3, "still": 0.3},
+        "critic from the start": {"alone": 0}, "w/o critic": {"alone": 10**9}, "with CLIP's wish": {"similar": 0.3},
         "w/o own sentence": {"own": 0.0}, "w/o keep": {"keep": 0.0},
         "rolled sentences": {"near": False, "more": 0}, "w/o mean of weights": {"average": 0.0},
         "learnt text encoder": {"text": "lstm"},
@@ -266,24 +265,28 @@ class Task:
             said = train.said(few, seed + t, cfg.more)
             if not cfg.near:                                 # rolled, as in DF-GAN: the next picture's true sentence
                 said = [(true, true[1:] + true[:1]) for true, _ in said]
-            lessons = (source, *self.spoilt(train, rows, source, seed, t)) if cfg.own and cfg.spoil else None
+            lessons = self.lessons(train, rows, source, seed, t) if cfg.own and cfg.spoil else None
             yield source[: cfg.batch], said, lessons, train.target(few) if cfg.oracle else None
 
-    def spoilt(self, data, rows, source, seed, step):
-        """What lessons are made of: spoilt pictures, pairs of sentences about what they were, (B, T) which suit which picture."""
+    def lessons(self, data, rows, source, seed, step):
+        """Pictures as given and as wanted, pairs of sentences true and false of the wanted, (B, T) which suit which picture."""
         ways = WAYS if data.about else HUES
-        spoilt, donor = spoil(source, generator(seed, step), ways)
+        given, wanted, donor = spoil(source, generator(seed, step), ways)
         if not data.about:                                   # any sentence may turn out to speak of the hue
             said = data.said(rows, seed + step, self.cfg.more)
-            return spoilt, said, torch.ones(len(rows), len(said), dtype=torch.bool)
+            return given, wanted, said, torch.ones(len(rows), len(said), dtype=torch.bool)
+        way = [ways[i % len(ways)] for i in range(len(rows))]
 
-        def pair(what, true, false):                         # of what was pasted: here it was not
-            return ([false[d] for d in donor], [true[d] for d in donor]) if what == "presence" else (true, false)
+        def pair(what, true, false):                         # of the other picture's thing: here it is to come, or was not
+            if what != "presence":
+                return true, false
+            told = [(true[d], false[d]) if w == ADDED else (false[d], true[d]) for w, d in zip(way, donor.tolist(), strict=True)]
+            return tuple(map(list, zip(*told, strict=True)))
 
-        about, donor = data.about(rows, seed + step), donor.tolist()
-        suits = [("presence",) if way == PASTED else ("colour", "background") for way in ways]
-        fits = torch.tensor([[what in some for what, _, _ in about] for some in suits])
-        return spoilt, [pair(*told) for told in about], fits[torch.arange(len(rows)) % len(ways)]
+        about = data.about(rows, seed + step)
+        suits = {w: ("presence",) if w in (PASTED, ADDED) else ("colour", "background") for w in ways}
+        fits = torch.tensor([[what in suits[w] for what, _, _ in about] for w in way])
+        return given, wanted, [pair(*told) for told in about], fits
 
     def update(self, batch, step):
         """Lessons first, later beside them: critic: real and true up, real and false or edited down. Editor: fool it, obey the
@@ -303,26 +306,31 @@ class Task:
         self.follow(step)
         return losses | {name: term.detach() for name, term in terms.items()}
 
-    def lesson(self, source, spoilt, said, fits, elsewhere=1.0):
-        """L1 of spoilt pictures, asked for by the true sentence that CLIP finds most hurt.   -> weighted loss, share of sure"""
-        given, told, sure = self.given(source, spoilt, said, fits)
-        source = parallel.shard(source).to(self.device)
-        error = restored(self.editor(given, self.read(told).detach()), source, given, elsewhere)
+    def lesson(self, given, wanted, said, fits, elsewhere=1.0):
+        """L1 to the wanted pictures, asked for by the sentence that CLIP misses most.   -> weighted loss, share of sure"""
+        given, wanted, told, sure = self.asked(given, wanted, said, fits)
+        error = restored(self.editor(given, self.read(told).detach()), wanted, given, elsewhere)
         return self.cfg.own * (error * sure).mean(), sure.float().mean()
 
     @torch.no_grad()
-    def given(self, source, spoilt, said, fits):
-        """Which spoilt pictures are asked back, and by what. Without CLIP: all, by their first sentence.
+    def asked(self, given, wanted, said, fits):
+        """This process's lessons, and by what sentence each is asked for: where several fit, by the one that CLIP misses most.
 
-        -> pictures (B, 3, S, S), B sentences, (B,) sure: if no fitting sentence is hurt there is nothing to be learnt
+        -> given, wanted (B, 3, S, S), B sentences, (B,) sure: nothing is learnt where nothing is missed. Without CLIP: the first
         """
-        source, spoilt, fits = (parallel.shard(x).to(self.device).contiguous(memory_format=torch.channels_last) if x.dim() == 4
-                                else parallel.shard(x).to(self.device) for x in (source, spoilt, fits))
+        given, wanted, fits = (parallel.shard(x).to(self.device).contiguous(memory_format=torch.channels_last) if x.dim() == 4
+                               else parallel.shard(x) for x in (given, wanted, fits))
         said = [(parallel.shard(true), parallel.shard(false)) for true, false in said]
-        if not self.read.clip:
-            return spoilt, said[0][0], torch.ones(len(source), dtype=torch.bool, device=self.device)
-        pair, sure = most_hurt(self.read.logits(source, said), self.read.logits(spoilt, said), fits.T)
-        return spoilt, [said[p][0][row] for row, p in enumerate(pair.tolist())], sure
+        options = [[said[p][0][row] for p in some.nonzero()[:, 0]] for row, some in enumerate(fits)]
+        told, sure = [texts[0] for texts in options], (given != wanted).flatten(1).any(1)
+        rows = [row for row, texts in enumerate(options) if len(set(texts)) > 1]
+        if rows and self.read.clip:
+            some = [tuple([texts[row] for row in rows] for texts in pair) for pair in said]
+            before, after = (self.read.logits(x[rows], some) for x in (wanted, given))
+            pair, sure[rows] = most_hurt(before, after, fits[rows].T.to(self.device))
+            for row, p in zip(rows, pair.tolist(), strict=True):
+                told[row] = said[p][0][row]
+        return given, wanted, told, sure
 
     def contest(self, source, said, target, step, own):
         """Editor against critic, and CLIP's opinion of edits that nobody knows the result of.   -> terms of the editor, losses"""
@@ -351,11 +359,9 @@ class Task:
         terms = {"fool": -cfg.fool * self.critic(edited, asked).mean(), "keep": cfg.keep * changed_share(edited, source)}
         if own:                                                                  # the usual way: from the picture itself
             terms["own"] = own * (self.editor.edit(encoded, true) - source).abs().mean()
-        if (cfg.similar or cfg.still) and self.read.clip:
-            true, false = self.read.logits(edited, said).unbind(1)                             # (1 + more, B) each
-            terms["similar"] = -cfg.similar * F.logsigmoid(false[0] - true[0]).mean()          # the wish, not what was so
-            if cfg.still and len(said) > 1:
-                terms["still"] = -cfg.still * F.logsigmoid(true[1:] - false[1:]).mean()        # and all else as it was
+        if cfg.similar and self.read.clip:
+            true, false = self.read.logits(edited, said[:1])[0]                                # (B,) each
+            terms["similar"] = -cfg.similar * F.logsigmoid(false - true).mean()                # the wish, not what was so
         if cfg.oracle:
             terms["oracle"] = cfg.oracle * (edited - parallel.shard(target).to(self.device)).abs().mean()
         return terms, losses
@@ -403,8 +409,8 @@ class Task:
 
     @torch.no_grad()
     def sample(self, folder):
-        """edits.png: held-out edits, three of each kind. lessons.png: spoilt pictures, what was asked for and what was given
-        back. weights.png: how the manipulations are composed, by kind."""
+        """edits.png: held-out edits, three of each kind. lessons.png: what was given, what was wanted and what came of
+        it. weights.png: how the manipulations are composed, by kind."""
         data, shown = self.data["test"], []
         kinds = [data.kinds[row] for row in range(min(len(data), 2 * JUDGED))]
         for kind in dict.fromkeys(sorted(kinds, key=KINDS.index if self.known else None)):
@@ -423,13 +429,12 @@ class Task:
         self.draw_weights(folder / "weights.png", kinds)
 
     def draw_lessons(self, path):
-        """Pictures, what was given to the editor, and what it made of it with the sentence that was asked."""
+        """What was given to the editor, what was wanted, and what it made of it, with the sentence that was asked."""
         data = self.data["test"]
         rows = range(min(len(data), 48))
-        source = data.source(rows)
-        given, told, sure = self.given(source, *self.spoilt(data, rows, source, 0, 0))
+        given, wanted, told, sure = self.asked(*self.lessons(data, rows, data.source(rows), 0, 0))
         back = self.edit(given, told)
-        cells = [[(source[row], "picture"), (given[row], "given"), (back[row], told[row])] for row in rows if sure[row]]
+        cells = [[(given[row], "given"), (wanted[row], "wanted"), (back[row], told[row])] for row in rows if sure[row]]
         panels(path, [sum(cells[first : first + 4], []) for first in range(0, min(len(cells), 16), 4)], size=72)
 
     def draw_weights(self, path, kinds):

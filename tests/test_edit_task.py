@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 import train
 from data import edits, views, world
+from data.batches import batch_rows
 from data.world import pick, render
 from edit import sample, task
 from edit.judge import verdict
 from edit.model import Critic, Generator, up_conv
-from edit.spoil import HUE, PASTED, WAYS
+from edit.spoil import ADDED, HUE, PASTED, WAYS
 from edit.task import Config, Task, gradient_penalty, hinge, start_as_copy, whitening
 
 TINY = {"size": 32, "base": 6, "critic_base": 2, "code_width": 4, "kernels": 2, "batch": 2, "lessons": 4, "more": 1,
@@ -216,40 +217,51 @@ def test_what_was_spoilt_is_restored_by_heart():
 
 
 def test_lessons_come_first_and_the_critic_later():
-    one = tiny(alone=3, similar=0.3, still=0.3)
+    one = tiny(alone=3, similar=0.3)
     before = copy.deepcopy(one.critic.state_dict())
     assert set(steps(one, 0, 3)) == {"own", "sure"}
     assert all(torch.equal(value, before[name]) for name, value in one.critic.state_dict().items())
-    assert set(steps(one, 3, 4)) == {"own", "sure", "critic", "fool", "keep", "similar", "still"}
+    assert set(steps(one, 3, 4)) == {"own", "sure", "critic", "fool", "keep", "similar"}
     assert "critic" in steps(tiny(alone=3, text="lstm"), 0, 1), "a learnt text encoder has only the critic to learn from"
 
 
-def test_a_lesson_asks_for_what_was_hurt_in_words_that_speak_of_it():
+def test_a_lesson_asks_for_what_is_missed_in_words_that_speak_of_it():
     one = tiny(lessons=48)
-    source, spoilt, said, fits = next(iter(one.batches(0, 0, 1)))[2]
-    given, told, sure = one.given(source, spoilt, said, fits)
-    assert torch.equal(given, spoilt) and 16 < sure.sum() < 48
+    lessons = next(iter(one.batches(0, 0, 1)))[2]
+    given, wanted, told, sure = one.asked(*lessons)
+    assert torch.equal(given, lessons[0]) and torch.equal(wanted, lessons[1]) and 16 < sure.sum() < 48
     way = torch.tensor(WAYS)[torch.arange(48) % len(WAYS)]
     for row in sure.nonzero()[:, 0].tolist():
-        absent = told[row].startswith("there is no")
-        assert absent == (way[row] == PASTED), told[row]
-        assert told[row] not in [false[row] for _, false in said]
+        assert told[row].startswith("there is no") == (way[row] == PASTED), told[row]
+        assert told[row].startswith("there is a") == (way[row] == ADDED), told[row]
+        assert told[row] not in [false[row] for _, false in lessons[2]]
     assert any("background" in told[row] for row in range(48) if sure[row] and way[row] == HUE)
+    source = one.data["train"].source(batch_rows(len(one.data["train"]), 48, 0, 0).tolist())
+    assert torch.equal(given[way == ADDED], source[way == ADDED]) and torch.equal(wanted[way != ADDED], source[way != ADDED])
+
+
+def test_of_two_things_clip_says_which_was_pasted():
+    one = tiny(lessons=48, pairs=1.0)
+    _, _, said, fits = lessons = next(iter(one.batches(0, 0, 1)))[2]
+    _, _, told, sure = one.asked(*lessons)
+    way = torch.tensor(WAYS)[torch.arange(48) % len(WAYS)]
+    firsts = [said[int(some.nonzero()[0])][0][row] for row, some in enumerate(fits)]
+    assert any(told[row] != firsts[row] for row in range(48) if sure[row] and way[row] in (PASTED, ADDED))
 
 
 def test_nothing_is_learnt_from_a_picture_that_no_sentence_misses():
     one = tiny(lessons=8)
-    source, spoilt, said, fits = next(iter(one.batches(0, 0, 1)))[2]
-    loss, sure = one.lesson(source, source, said, fits)
+    given, wanted, said, fits = next(iter(one.batches(0, 0, 1)))[2]
+    loss, sure = one.lesson(wanted, wanted, said, fits)
     assert loss == 0 and sure == 0
-    assert one.lesson(source, spoilt, said, fits)[0] > 0
-    assert one.lesson(source, spoilt, said, fits, 2.0)[0] > one.lesson(source, spoilt, said, fits)[0]
+    assert one.lesson(given, wanted, said, fits)[0] > 0
+    assert one.lesson(given, wanted, said, fits, 2.0)[0] > one.lesson(given, wanted, said, fits)[0]
 
 
 def test_pictures_about_which_less_is_known_lose_hues_only():
     one = tiny(lessons=8, more=2)
     one.data["train"] = dataclasses.replace(one.data["train"], about=None)
-    _, spoilt, said, fits = next(iter(one.batches(0, 0, 1)))[2]
+    _, _, said, fits = next(iter(one.batches(0, 0, 1)))[2]
     assert len(said) == 3 and fits.all() and fits.shape == (8, 3)
     one.cfg = dataclasses.replace(one.cfg, spoil=False)
     assert next(iter(one.batches(0, 0, 1)))[2] is None and set(steps(one, 0, 1)) >= {"own", "critic"}
