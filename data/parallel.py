@@ -84,7 +84,7 @@ class _Global:
             return super().forward(x)
         dtype, x = x.dtype, x.float()
         axes = [axis for axis in range(x.dim()) if axis != 1]
-        count = world() * x.numel() / x.shape[1]
+        count = _Total.apply(x.new_tensor(x.numel() / x.shape[1]))                  # ranks may hold unlike numbers of samples
         mean = _Total.apply(x.sum(axes)) / count
         shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
         var = _Total.apply((x - mean.view(shape)).square().sum(axes)) / count

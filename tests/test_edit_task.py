@@ -16,7 +16,7 @@ from data.world import pick, render
 from edit import sample, task
 from edit.judge import verdict
 from edit.model import Critic, Generator, up_conv
-from edit.spoil import ADDED, HUE, PASTED, WAYS
+from edit.spoil import ADDED, HUE, PASTED, THING, WAYS
 from edit.task import Config, Task, gradient_penalty, hinge, start_as_copy, whitening
 
 TINY = {"size": 32, "base": 6, "critic_base": 2, "code_width": 4, "kernels": 2, "batch": 2, "lessons": 4, "more": 1,
@@ -225,28 +225,35 @@ def test_lessons_come_first_and_the_critic_later():
     assert "critic" in steps(tiny(alone=3, text="lstm"), 0, 1), "a learnt text encoder has only the critic to learn from"
 
 
+def taught(one, lessons):
+    """{row of the lessons: its sentence}, of those from which something is learnt."""
+    given, wanted, told, sure = one.asked(*lessons)
+    rows = [int(((lessons[0] == g) & (lessons[1] == w)).flatten(1).all(1).nonzero()) for g, w in zip(given, wanted, strict=True)]
+    assert sure.all() and rows == sorted(set(rows))
+    return dict(zip(rows, told, strict=True))
+
+
 def test_a_lesson_asks_for_what_is_missed_in_words_that_speak_of_it():
     one = tiny(lessons=48)
     lessons = next(iter(one.batches(0, 0, 1)))[2]
-    given, wanted, told, sure = one.asked(*lessons)
-    assert torch.equal(given, lessons[0]) and torch.equal(wanted, lessons[1]) and 16 < sure.sum() < 48
-    way = torch.tensor(WAYS)[torch.arange(48) % len(WAYS)]
-    for row in sure.nonzero()[:, 0].tolist():
-        assert told[row].startswith("there is no") == (way[row] == PASTED), told[row]
-        assert told[row].startswith("there is a") == (way[row] == ADDED), told[row]
-        assert told[row] not in [false[row] for _, false in lessons[2]]
-    assert any("background" in told[row] for row in range(48) if sure[row] and way[row] == HUE)
+    told, way = taught(one, lessons), torch.tensor(WAYS)[torch.arange(48) % len(WAYS)]
+    assert 24 < len(told) < 48 and set(way[list(told)].tolist()) == {HUE, THING, PASTED, ADDED}
+    for row, text in told.items():
+        assert text.startswith("there is no") == (way[row] == PASTED), text
+        assert text.startswith("there is a") == (way[row] == ADDED), text
+        assert text.startswith("the background") == (way[row] == HUE), text
+        assert text not in [false[row] for _, false in lessons[2]]
     source = one.data["train"].source(batch_rows(len(one.data["train"]), 48, 0, 0).tolist())
+    given, wanted = lessons[:2]
     assert torch.equal(given[way == ADDED], source[way == ADDED]) and torch.equal(wanted[way != ADDED], source[way != ADDED])
 
 
 def test_of_two_things_clip_says_which_was_pasted():
     one = tiny(lessons=48, pairs=1.0)
     _, _, said, fits = lessons = next(iter(one.batches(0, 0, 1)))[2]
-    _, _, told, sure = one.asked(*lessons)
-    way = torch.tensor(WAYS)[torch.arange(48) % len(WAYS)]
+    told, way = taught(one, lessons), torch.tensor(WAYS)[torch.arange(48) % len(WAYS)]
     firsts = [said[int(some.nonzero()[0])][0][row] for row, some in enumerate(fits)]
-    assert any(told[row] != firsts[row] for row in range(48) if sure[row] and way[row] in (PASTED, ADDED))
+    assert any(text != firsts[row] for row, text in told.items() if way[row] in (PASTED, ADDED))
 
 
 def test_nothing_is_learnt_from_a_picture_that_no_sentence_misses():
