@@ -16,7 +16,7 @@ WAYS = (HUE, ADDED, PASTED, ADDED, THING, ADDED, PASTED, ADDED)             # ro
 HUES = (HUE, THING, THING, THING)                                             # where nobody knows what a sentence is about
 
 
-def spoil(pictures, rng, ways=WAYS, near=0.2, tries=48):
+def spoil(pictures, rng, ways=WAYS, near=(0.2, 0.3), tries=48):
     """Spoil row i in way i % len(ways), with what is found in other rows.   (B, 3, S, S) in [-1, 1]
 
     HUE     all places of the picture's median hue, mostly the background, take the mean colour of such places in another picture
@@ -25,9 +25,8 @@ def spoil(pictures, rng, ways=WAYS, near=0.2, tries=48):
     ADDED   the other way round: the picture is given whole, and another one's thing is wanted in its first quarter that has room,
             always of one size: what no sentence tells must be a function of the picture, or a blur is learnt
 
-    All that is nearer to a thing's hue than to the median is spoilt, for HUE all within `near`, and fading what lies up to twice
-    as far; shades stay, and so textures and shadows. What is tiny, large or scattered about is no thing. A row without a partner
-    stays as it is.
+    All that lies within `near` of a hue (of HUE, of the others) is spoilt, half of that wholly; shades stay, and so textures and
+    shadows. What is tiny, large or scattered about is no thing. A row without a partner stays as it is.
     -> given, wanted (B, 3, S, S): all but ADDED want the picture; (B,) whose thing was pasted or added, else the row itself
     """
     rows, light = torch.arange(len(pictures)), pictures.mean(1, keepdim=True)
@@ -40,8 +39,7 @@ def spoil(pictures, rng, ways=WAYS, near=0.2, tries=48):
     unlike = (drawn - usual).square().sum(1).argmax(1).cpu()
     chosen = torch.where((way == HUE)[:, None].to(flat.device), usual[..., 0], drawn[rows, :, unlike])               # (B, 4)
     far = length(tint - chosen[..., None, None])
-    half = length(chosen - usual[..., 0])[:, 0] / 2                                  # of the way to the median hue
-    near = torch.where((way == HUE).to(half.device), near, half.clamp(min=0.05))[:, None, None, None]
+    near = torch.where(way == HUE, *near).to(far)[:, None, None, None]
     share = (2 - far / near).clamp(0, 1)                                             # (B, 1, S, S), 1 where it is spoilt
     area = share.mean((1, 2, 3))
     colour = ((pictures * share).sum((2, 3)) / share.sum((2, 3)))[..., None, None]   # (B, 3, 1, 1) mean of what is spoilt

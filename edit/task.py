@@ -1,7 +1,7 @@
 """Training and judging DE-Net: pictures and sentences, never an edited picture.
 
     python train.py denet                                                  # the built-in edits, 64 x 64
-    python train.py denet --data=noto --root=FOLDER                        # emoji in other skin tones and genders
+    python train.py denet --data=noto --root=FOLDER --spoil=false --alone=0 --fool=1 --keep=1 --own=4     # emoji
     python train.py denet --data=birds --root=FOLDER --text=lstm           # CUB, a picture with another's sentence
     python train.py denet --ablate --seeds=3
 
@@ -40,11 +40,11 @@ class Config:
     root: str = ""                  # folder of the real data
     pairs: float = 0.0              # share of built-in pictures with a second thing (add, remove: always two)
     seed: int = 0                   # random seed
-    steps: int = 3600               # optimiser steps
-    eval_every: int = 720           # steps between evaluations
+    steps: int = 4000               # optimiser steps
+    eval_every: int = 800           # steps between evaluations
     batch: int = 16                 # pictures edited in a step before the critic, B (the paper: 32)
     lessons: int = 48               # spoilt pictures restored in a step
-    alone: int = 3240               # steps with lessons only, before the critic is heard (ours; the paper: 0)
+    alone: int = 3600               # steps with lessons only, before the critic is heard (ours; the paper: 0)
     size: int = 64                  # pixels of a side: 4 x a power of two (the paper: 256)
     base: int = 8                   # channels of the editor at full size, n (the paper: 32)
     critic_base: int = 24           # channels of the critic after its first halving (the paper: n)
@@ -57,7 +57,7 @@ class Config:
     clip: str = ""                  # file of OpenAI's CLIP; empty: the small one of the built-in world
     merges: str = ""                # CLIP's vocabulary file, for --clip
     lr: float = 2e-3                # Adam step size of the editor (the paper: 1e-4)
-    anneal: int = 3600              # steps over which it falls to a tenth along a cosine; 0: it stays (the paper)
+    anneal: int = 4000              # steps over which it falls to a tenth along a cosine; 0: it stays (the paper)
     beta1: float = 0.9              # Adam's decay of the editor's mean gradient (the paper: 0)
     beta2: float = 0.99             # ... and of its square (the paper: 0.9)
     critic_lr: float = 1e-3         # Adam step size of the critic (the paper: 4e-4)
