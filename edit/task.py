@@ -28,7 +28,7 @@ from edit.model import Critic, Generator, SentenceLSTM
 from edit.spoil import ADDED, HUE, HUES, PASTED, THING, WAYS, most_hurt, restored, spoil
 from kernels.attribution import show
 
-KINDS = ("recolour", "background", "retexture", "reshape", "add", "remove")         # as tables and pictures list them
+KINDS = ("recolour", "background", "add", "remove", "retexture", "reshape")         # as tables and pictures list them
 JUDGED = 300                            # edits of the validation split that are looked at; twice as many of test
 
 
