@@ -29,7 +29,7 @@ MODELS = {  # name: (module, Config overrides, paper, what it does, CPU-minutes)
     "befa": ("gcn.befa_task", {}, "BeFA, AAAI 2025", "behaviour-driven feature adapter, attribution analysis", 1),
     "ld4mrec": ("diffusion_rec.task", {}, "LD4MRec", "light diffusion over a user's behaviour", 1),
     "galip": ("gan.task", {}, "GALIP, CVPR 2023", "text to image, CLIP in generator and discriminator", 15),
-    "denet": ("edit.task", {}, "DE-Net, AAAI 2023", "text-guided editing by dynamic composition", 17),
+    "denet": ("edit.task", {}, "DE-Net, AAAI 2023", "text-guided editing by dynamic composition", 15),
     "storyimager": ("story.task", {}, "StoryImager, ECCV 2024", "visualise, continue and complete stories", 12),
     "dualvgr": ("videoqa.task", {}, "DualVGR, TMM 2021", "graph reasoning for video question answering", 3),
 }
