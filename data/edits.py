@@ -22,7 +22,7 @@ from data import captions, safe, stories, views, world
 from data.batches import seed_from
 from data.draw import uniform
 from data.parts import BUILTIN, Lazy, check_name, set_aside
-from data.views import ADD, BACKGROUND, RECOLOUR, REMOVE, RESHAPE, RETEXTURE
+from data.views import ADD, BACKGROUND, RECOLOUR, REMOVE, RESHAPE
 
 
 @dataclass
@@ -128,17 +128,16 @@ def claims(view, seed, more, split):
 def about(view, seed, split):
     """What is true of the sources, by what it speaks of.   -> [("colour", B true, B false sentences), ...]
 
-    Colour, texture and shape of either thing (of the only one twice), background, presence: "there is a red star", "there is no
-    red star". False sentences name a value that the thing could have.
+    Colour of either thing (of the only one twice), background, presence: "there is a red star", "there is no red star". False
+    sentences name a value that the thing could have.
     """
     before, told = view["before"], []
     u = uniform(before["key"] ^ seed_from(seed, 9), 1)[:, 0]
-    for slot, kind in ((0, RECOLOUR), (0, RETEXTURE), (0, RESHAPE), (0, BACKGROUND), (1, RECOLOUR), (1, RETEXTURE), (1, RESHAPE)):
+    for what, slot, kind in (("colour", 0, RECOLOUR), ("background", 0, BACKGROUND), ("colour", 1, RECOLOUR)):
         which = slot * before["present"][:, 1].long()
         kinds, other = torch.full_like(which, kind), {name: value.clone() for name, value in before.items()}
         views.change(before, other, kinds, which, u, split)
-        told.append((views.CHANGES.get(views.EDITS[kind], "background"), views.wishes(other, before, kinds, which),
-                     views.wishes(before, other, kinds, which)))
+        told.append((what, views.wishes(other, before, kinds, which), views.wishes(before, other, kinds, which)))
     for slot in (0, 1):
         things = [fact["objects"][min(slot, len(fact["objects"]) - 1)] for fact in world.facts(before)]
         there, gone = (list(map(world.noun, world.chances(before["key"], k), things, [tell] * len(things)))

@@ -3,6 +3,7 @@
 Each rank draws the same global batch and noise, keeps its own slice (`shard`), and averages gradients in `descend`:
 N processes and one process at the same global batch agree to rounding.
 """
+import gc
 import os
 
 import torch
@@ -37,8 +38,10 @@ def wait():
 
 
 def stop():
+    """Leave the process group and free it now: cycles keep it alive, and threads that outlive the interpreter abort it."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
 
 
 def shard(x):

@@ -315,7 +315,8 @@ class Task:
 
     @torch.no_grad()
     def asked(self, given, wanted, said, fits):
-        """This process's lessons, and by what sentence each is asked for: where several fit, by the one that CLIP misses most.
+        """This process's lessons, and by what sentence each is asked for: where several fit, by the one that CLIP misses most
+        (without CLIP by the first).
 
         A picture of which hardly a hundredth was spoilt, or in which CLIP misses nothing, teaches nothing and is left out.
         -> given, wanted (B', 3, S, S), B' sentences, (B',) all true; a single false if nothing is to be learnt
